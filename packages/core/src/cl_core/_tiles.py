@@ -1,0 +1,334 @@
+"""The loops under :mod:`cl_core.similarity`: plain functions on tensors, without autograd.
+
+Two kernels, each with its backward:
+
+* ``rows_*``: one log-sum-exp a row, running maxima, right at any scale of the logits;
+* ``shared_*``: one exponential serves the row and the column of an entry (and, with one set of rows, both of its
+  rows: only the upper triangle is computed). Without any shift, so only for logits that cannot over- or underflow.
+
+Both take logits ``x @ y.T`` and walk them in tiles that fit the cache. Exponentials are taken to base 2, with log2(e)
+folded into the product: on CPU that is several times cheaper than base e and no less exact.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+
+Over: TypeAlias = Literal["all", "different", "same"]
+LogWeight: TypeAlias = Callable[[int, int, int, int], Tensor]
+Tile: TypeAlias = tuple[int, int]
+
+# |logit| up to here keeps sums over 1e6 entries, and a weight of 1e-6 divided by them, inside the dtype's range.
+_SAFE_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
+# Groups up to this size are masked by size^2 strided fills, larger ones by comparing keys.
+_LARGEST_STRIDED_GROUP = 4
+
+
+class Pairing:
+    """Which (row, column) pairs count, decided tile by tile so that no N x N mask exists.
+
+    ``over="all"`` counts every pair; ``"different"`` pairs of unequal key; ``"same"`` pairs of equal key, less those
+    of equal id. Without key tensors, row and column i have key ``i // group_size``. Key tensors that are ``ordered``
+    let most tiles be decided by the keys at their corners alone.
+    """
+
+    def __init__(
+        self,
+        over: Over,
+        rows: int,
+        columns: int,
+        *,
+        keys: tuple[Tensor, Tensor] | None = None,
+        ids: tuple[Tensor, Tensor] | None = None,
+        group_size: int = 1,
+        ordered: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        self.over, self._ids, self._keys = over, ids, keys
+        self._group_size = group_size if keys is None else 0
+        self._shape, self._device = (rows, columns), device
+        # Looking at keys on an accelerator would stall it, so there each tile is masked instead.
+        self._corners = over != "all" and (keys is None or (ordered and keys[0].device.type == "cpu"))
+        if keys is None:
+            self._row_key = self._column_key = lambda i: i // group_size
+        elif self._corners:
+            self._row_key, self._column_key = keys[0].tolist().__getitem__, keys[1].tolist().__getitem__
+
+    def transposed(self) -> Pairing:
+        """The same pairs with rows and columns exchanged."""
+        other = copy.copy(self)
+        other._keys = None if self._keys is None else self._keys[::-1]
+        other._ids = None if self._ids is None else self._ids[::-1]
+        other._shape = self._shape[::-1]
+        if self._corners:
+            other._row_key, other._column_key = self._column_key, self._row_key
+        return other
+
+    def counts(self, r0: int, r1: int, c0: int, c1: int) -> bool:
+        """Whether any pair of the tile can count."""
+        if not self._corners:
+            return True
+        if self.over == "same":
+            return self._overlap(r0, r1, c0, c1)
+        return not self._row_key(r0) == self._row_key(r1 - 1) == self._column_key(c0) == self._column_key(c1 - 1)
+
+    def fill_(self, tile: Tensor, r0: int, r1: int, c0: int, c1: int, value: float) -> Tensor:
+        """Overwrite the entries of a tile that do not count."""
+        if self.over == "all" or (self.over == "different" and self._corners and not self._overlap(r0, r1, c0, c1)):
+            return tile
+        if self.over == "different" and 0 < self._group_size <= _LARGEST_STRIDED_GROUP:
+            self._fill_groups_(tile, r0, r1, c0, c1, value)
+            return tile
+        return tile.masked_fill_(self.excluded(r0, r1, c0, c1), value)
+
+    def excluded(self, r0: int, r1: int, c0: int, c1: int) -> Tensor:
+        """Boolean tile, true where a pair does not count."""
+        if self.over == "all":
+            return torch.zeros(r1 - r0, c1 - c0, dtype=torch.bool, device=self._device)
+        if self._keys is None:
+            rows, columns = (
+                torch.arange(a, b, device=self._device).div_(self._group_size, rounding_mode="floor")
+                for a, b in ((r0, r1), (c0, c1))
+            )
+        else:
+            rows, columns = self._keys[0][r0:r1], self._keys[1][c0:c1]
+        if self.over == "different":
+            return rows[:, None] == columns[None]
+        mask = rows[:, None] != columns[None]
+        if self._ids is not None:
+            mask |= self._ids[0][r0:r1, None] == self._ids[1][None, c0:c1]
+        return mask
+
+    def _overlap(self, r0: int, r1: int, c0: int, c1: int) -> bool:
+        return bool(
+            self._row_key(r0) <= self._column_key(c1 - 1) and self._column_key(c0) <= self._row_key(r1 - 1)
+        )
+
+    def _fill_groups_(self, tile: Tensor, r0: int, r1: int, c0: int, c1: int, value: float) -> None:
+        """Fill the blocks of groups of fixed size by strided diagonals: no mask, no comparison."""
+        size = self._group_size
+        for place in range(size):  # of the row in its group
+            row = r0 + (place - r0) % size
+            for other in range(size):  # of the column in the same group
+                column = row - place + other
+                first = max(0, -(-(c0 - column) // size))
+                last = min((r1 - 1 - row) // size, (c1 - 1 - column) // size)
+                if last >= first:
+                    i, j = row + first * size - r0, column + first * size - c0
+                    diagonal = tile.diagonal(j - i)
+                    start = min(i, j)
+                    diagonal[start : start + (last - first) * size + 1 : size].fill_(value)
+
+
+def default_tile(device: torch.device) -> Tile:
+    """Rows and columns of a tile: on CPU a megabyte of float32, best for one thread and for two."""
+    return (256, 1024) if device.type == "cpu" else (4096, 8192)
+
+
+def safe(x: Tensor, y: Tensor, bound: float | None) -> bool:
+    """Whether no logit of x @ y.T can over- or underflow an unshifted exponential.
+
+    ``bound`` is what the caller knows of |logit|; without it, it is measured where that does not stall.
+    """
+    if bound is None:
+        if x.device.type != "cpu" or not x.numel() or not y.numel():
+            return False
+        largest_x = torch.linalg.vector_norm(x, dim=1).max()
+        largest_y = largest_x if y is x else torch.linalg.vector_norm(y, dim=1).max()
+        bound = (largest_x * largest_y).item()
+    return bound <= _SAFE_LOGIT[x.dtype]
+
+
+def panels(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut a range into consecutive pieces of at most ``size``."""
+    for i in range(start, stop, size):
+        yield i, min(i + size, stop)
+
+
+class _Walk:
+    """Visits tiles of the logits of x and y, each written into the same reused buffer in units of log 2."""
+
+    def __init__(self, x: Tensor, y: Tensor, pairing: Pairing, tile: Tile) -> None:
+        self.x, self.yt, self.pairing, self.tile = x, y.t(), pairing, tile
+        self._buffer = x.new_empty(min(tile[0], len(x)) * min(max(tile), max(len(y), 1)))
+
+    def scratch(self) -> Tensor:
+        return torch.empty_like(self._buffer)
+
+    def rows(self) -> Iterator[tuple[int, int]]:
+        return panels(0, len(self.x), self.tile[0])
+
+    def columns(self, r0: int, r1: int, *, symmetric: bool = False) -> Iterator[tuple[int, int]]:
+        """Column strips of a row panel that can count; if symmetric, the square on the diagonal and what is right of it."""
+        if symmetric and self.pairing.counts(r0, r1, r0, r1):
+            yield r0, r1
+        for c0, c1 in panels(r1 if symmetric else 0, self.yt.shape[1], self.tile[1]):
+            if self.pairing.counts(r0, r1, c0, c1):
+                yield c0, c1
+
+    def logits(self, r0: int, r1: int, c0: int, c1: int) -> Tensor:
+        tile = view(self._buffer, r1 - r0, c1 - c0)
+        return torch.addmm(tile, self.x[r0:r1], self.yt[:, c0:c1], beta=0, alpha=LOG2E, out=tile)
+
+    def exponentials(self, r0: int, r1: int, c0: int, c1: int) -> Tensor:
+        return self.pairing.fill_(self.logits(r0, r1, c0, c1).exp2_(), r0, r1, c0, c1, 0)
+
+
+def view(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """The first rows * columns entries of a flat buffer as a matrix."""
+    return buffer[: rows * columns].view(rows, columns)
+
+
+def rows_forward(
+    x: Tensor, y: Tensor, pairing: Pairing, tile: Tile, log_weight: LogWeight | None = None
+) -> Tensor:
+    """Row-wise log-sum-exp of x @ y.T over the counting pairs; -inf for a row without any."""
+    walk = _Walk(x, y, pairing, tile)
+    lowest = torch.finfo(x.dtype).min
+    result = x.new_empty(len(x))
+    for r0, r1 in walk.rows():
+        top, total = x.new_full((r1 - r0,), -torch.inf), x.new_zeros(r1 - r0)
+        for c0, c1 in walk.columns(r0, r1):
+            logits = walk.logits(r0, r1, c0, c1)
+            if log_weight is not None:
+                logits.add_(log_weight(r0, r1, c0, c1), alpha=LOG2E)
+            pairing.fill_(logits, r0, r1, c0, c1, -torch.inf)
+            new_top = torch.maximum(top, logits.amax(1))
+            shift = new_top.clamp_min(lowest)  # a row that is -inf so far must not become nan
+            total.mul_(torch.exp2(top - shift)).add_(logits.sub_(shift[:, None]).exp2_().sum(1))
+            top = new_top
+        result[r0:r1] = (top + total.log2_()) * LN2
+    return result
+
+
+def rows_backward(
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor,
+    log_sum: Tensor,
+    pairing: Pairing,
+    tile: Tile,
+    *,
+    need_x: bool = True,
+    need_y: bool = True,
+    log_weight: LogWeight | None = None,
+    weight_gradient: Callable[[int, int, int, int, Tensor], None] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradient of :func:`rows_forward`: with P = softmax over a row, dx = g (P y) and dy = P^T (g x)."""
+    walk = _Walk(x, y, pairing, tile)
+    dx = torch.zeros_like(x) if need_x else None
+    dy = torch.zeros_like(y) if need_y else None
+    # An empty row has log-sum-exp -inf and no gradient: +inf makes its exponentials zero.
+    level = torch.where(log_sum == -torch.inf, torch.inf, log_sum * LOG2E)
+    for r0, r1 in walk.rows():
+        scaled = x[r0:r1] * gradient[r0:r1, None] if need_y else x
+        for c0, c1 in walk.columns(r0, r1):
+            logits = walk.logits(r0, r1, c0, c1)
+            if log_weight is not None:
+                logits.add_(log_weight(r0, r1, c0, c1), alpha=LOG2E)
+            share = pairing.fill_(logits.sub_(level[r0:r1, None]).exp2_(), r0, r1, c0, c1, 0)
+            if dx is not None:
+                dx[r0:r1].addmm_(share, y[c0:c1])
+            if dy is not None:
+                dy[c0:c1].addmm_(share.t(), scaled)
+            if weight_gradient is not None:
+                weight_gradient(r0, r1, c0, c1, share.mul_(gradient[r0:r1, None]))
+        if dx is not None:
+            dx[r0:r1].mul_(gradient[r0:r1, None])
+    return dx, dy
+
+
+def shared_forward(x: Tensor, y: Tensor, pairing: Pairing, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of x @ y.T along rows and along columns; with ``y is x`` from the upper triangle alone."""
+    symmetric = y is x
+    walk = _Walk(x, y, pairing, tile)
+    row_sum = x.new_zeros(len(x))
+    column_sum = row_sum if symmetric else x.new_zeros(len(y))
+    for r0, r1 in walk.rows():
+        for c0, c1 in walk.columns(r0, r1, symmetric=symmetric):
+            exponentials = walk.exponentials(r0, r1, c0, c1)
+            row_sum[r0:r1] += exponentials.sum(1)
+            if not (symmetric and c0 == r0):
+                column_sum[c0:c1] += exponentials.sum(0)
+    rows = row_sum.log_()
+    return rows, rows if symmetric else column_sum.log_()
+
+
+def shared_backward(
+    row_gradient: Tensor,
+    column_gradient: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    row_log_sum: Tensor,
+    column_log_sum: Tensor | None,
+    pairing: Pairing,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of :func:`shared_forward`: W_ij = E_ij (u_i + v_j) with u, v = gradient / sum; dx = W y, dy = W^T x.
+
+    With ``y is x`` the column arguments are None and both results are the one gradient.
+    """
+    symmetric = y is x
+    walk = _Walk(x, y, pairing, tile)
+    scratch = walk.scratch()
+    u = per_sum(row_gradient, row_log_sum)
+    v = u if symmetric else per_sum(column_gradient, column_log_sum)
+    dx = torch.zeros_like(x)
+    dy = dx if symmetric else torch.zeros_like(y)
+    for r0, r1 in walk.rows():
+        for c0, c1 in walk.columns(r0, r1, symmetric=symmetric):
+            weight = view(scratch, r1 - r0, c1 - c0)
+            torch.add(u[r0:r1, None], v[None, c0:c1], out=weight)
+            weight.mul_(walk.exponentials(r0, r1, c0, c1))
+            dx[r0:r1].addmm_(weight, y[c0:c1])
+            if not (symmetric and c0 == r0):  # the square on the diagonal holds both of its halves
+                dy[c0:c1].addmm_(weight.t(), x[r0:r1])
+    return dx, dy
+
+
+def kept_forward(x: Tensor, y: Tensor, pairing: Pairing) -> Tensor:
+    """The whole matrix of unshifted exponentials, for a backward without recomputation."""
+    exponentials = x.new_empty(len(x), len(y))
+    torch.mm(x * LOG2E, y.t(), out=exponentials).exp2_()
+    return pairing.fill_(exponentials, 0, len(x), 0, len(y), 0)
+
+
+def kept_backward(
+    u: Tensor | None, v: Tensor | None, x: Tensor, y: Tensor, kept: Tensor, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """As :func:`shared_backward` from kept exponentials, with u, v = gradient / sum (None: no gradient there).
+
+    With ``y is x`` and u equal to v, W is symmetric and the first result alone is the whole gradient.
+    """
+    panel = default_tile(x.device)[0]
+    scratch = x.new_empty(min(panel, len(x)), len(y))
+    dx = torch.empty_like(x) if need[0] else None
+    dy = torch.zeros_like(y) if need[1] else None
+    for r0, r1 in panels(0, len(x), panel):
+        weight = scratch[: r1 - r0]
+        if u is None or v is None:
+            torch.mul(kept[r0:r1], v[None] if u is None else u[r0:r1, None], out=weight)  # type: ignore[index]
+        else:
+            torch.add(u[r0:r1, None], v[None], out=weight)
+            weight.mul_(kept[r0:r1])
+        if dx is not None:
+            torch.mm(weight, y, out=dx[r0:r1])
+        if dy is not None:
+            dy.addmm_(weight.t(), x[r0:r1])
+    return dx, dy
+
+
+def per_sum(gradient: Tensor | None, log_sum: Tensor | None) -> Tensor:
+    """Gradient over sum, from the log-sum; zero where there was nothing to sum."""
+    assert gradient is not None
+    assert log_sum is not None
+    return torch.where(log_sum == -torch.inf, 0, gradient * torch.exp(-log_sum))

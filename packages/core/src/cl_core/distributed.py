@@ -1,0 +1,156 @@
+"""Rows and statistics of all ranks, differentiably: one ``group`` argument everywhere.
+
+Every loss that takes ``group`` keeps this contract, for any split of the global batch over the ranks (uneven, or no
+row at all on some):
+
+* the mean over ranks of the returned loss is the loss of one process on the global batch;
+* the gradient averaged over ranks, as ``DistributedDataParallel`` does it, is the gradient of that loss.
+
+Each rank evaluates its own anchors against the rows of all ranks; the backward of a gather sums over the ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cl_core._types import Group
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of the global batch: how many rows each rank holds, and where ours start."""
+
+    group: dist.ProcessGroup | None
+    counts: tuple[int, ...]
+    rank: int
+
+    @property
+    def offset(self) -> int:
+        """Global index of this rank's first row."""
+        return sum(self.counts[: self.rank])
+
+    @property
+    def total(self) -> int:
+        """Rows of all ranks together."""
+        return sum(self.counts)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.counts)
+
+    def gather(self, rows: Tensor, *, each: int = 1) -> Tensor:
+        """Rows of all ranks in rank order; differentiable.
+
+        Args:
+            rows: shape (each * N_rank, ...).
+            each: rows that stand for one counted row (the views of a sample).
+
+        Returns:
+            Shape (each * total, ...).
+        """
+        if self.group is None:
+            return rows
+        counts = tuple(each * count for count in self.counts)
+        return _AllGather.apply(rows, self.group, counts, self.rank)  # type: ignore[no-any-return, no-untyped-call]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks of equally shaped tensors; differentiable."""
+        return value if self.group is None else _AllReduceSum.apply(value, self.group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def resolve(group: Group) -> dist.ProcessGroup | None:
+    """The process group meant, or None if this process is on its own.
+
+    Raises:
+        ValueError: if a group is asked for before ``torch.distributed`` is initialised, or is of another type.
+    """
+    if group is None:
+        return None
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f"group must be None, 'world' or a process group, got {group!r}.")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"group={group!r} needs torch.distributed to be initialised first (init_process_group); pass group=None "
+            "for a loss over this process alone."
+        )
+    found = dist.group.WORLD if group == "world" else group
+    if not isinstance(found, dist.ProcessGroup):
+        raise ValueError(f"group must be None, 'world' or a process group of this rank, got {type(group).__name__}.")
+    return found if dist.get_world_size(found) > 1 else None
+
+
+def shard(rows: Tensor, group: Group) -> Shard:
+    """Exchange how many rows each rank holds.
+
+    Args:
+        rows: this rank's rows, shape (N_rank, ...), N_rank >= 0.
+        group: None, "world" or a process group.
+
+    Raises:
+        ValueError: if no rank holds any row.
+    """
+    found = resolve(group)
+    if found is None:
+        result = Shard(None, (rows.shape[0],), 0)
+    else:
+        own = torch.tensor([rows.shape[0]], device=rows.device)
+        counts = own.new_empty(dist.get_world_size(found))
+        dist.all_gather_into_tensor(counts, own, group=found)
+        result = Shard(found, tuple(counts.tolist()), dist.get_rank(found))
+    if result.total == 0:
+        raise ValueError("the batch must have at least 1 row on some rank, got none on any.")
+    return result
+
+
+class _AllGather(torch.autograd.Function):
+    """Uneven all-gather along the first dimension, by padding to the largest count; its backward sums over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, counts: tuple[int, ...], rank: int) -> Tensor:
+        ctx.group, ctx.counts, ctx.rank = group, counts, rank
+        largest, rest = max(counts), rows.shape[1:]
+        padded = rows.contiguous()
+        if len(rows) < largest:
+            padded = torch.cat([padded, rows.new_zeros(largest - len(rows), *rest)])
+        gathered = rows.new_empty(len(counts) * largest, *rest)
+        dist.all_gather_into_tensor(gathered, padded, group=group)
+        if min(counts) == largest:
+            return gathered
+        blocks = gathered.view(len(counts), largest, *rest)
+        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        counts, rank, largest = ctx.counts, ctx.rank, max(ctx.counts)
+        gradient = gradient.contiguous()
+        if min(counts) != largest:
+            blocks = gradient.new_zeros(len(counts), largest, *gradient.shape[1:])
+            for block, part in zip(blocks, gradient.split(list(counts)), strict=True):
+                block[: len(part)] = part
+            gradient = blocks.flatten(0, 1)
+        own = gradient.new_empty(largest, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient, group=ctx.group)
+        return own[: counts[rank]], None, None, None
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks. Each rank's loss depends on every rank's term, so the backward sums over ranks as well."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        value = value.clone()
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
