@@ -7,15 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cl_core.samplers._base import DistributedBatchSampler
+    from cl_core.samplers.classes import ClassBalancedBatchSampler, SamplesPerClassBatchSampler
     from cl_core.samplers.epoch import EpochBatchSampler
+    from cl_core.samplers.hard_negatives import HardNegativeBatchSampler
+    from cl_core.samplers.identities import GroupAwareBatchSampler, UniqueIdBatchSampler
 
 _HOME = {
+    "ClassBalancedBatchSampler": "classes",
     "DistributedBatchSampler": "_base",
     "EpochBatchSampler": "epoch",
+    "GroupAwareBatchSampler": "identities",
+    "HardNegativeBatchSampler": "hard_negatives",
+    "SamplesPerClassBatchSampler": "classes",
+    "UniqueIdBatchSampler": "identities",
 }
 __all__ = [
+    "ClassBalancedBatchSampler",
     "DistributedBatchSampler",
     "EpochBatchSampler",
+    "GroupAwareBatchSampler",
+    "HardNegativeBatchSampler",
+    "SamplesPerClassBatchSampler",
+    "UniqueIdBatchSampler",
 ]
 
 

@@ -117,8 +117,8 @@ class DistributedBatchSampler(Sampler[list[int]], ABC):
         """Go on where :meth:`state_dict` was taken: same seed, same epoch, next batch.
 
         Raises:
-            ValueError: if an entry is missing, or if the state counts another number of batches an epoch (other
-                data, batch size or number of processes), so that its position means nothing here.
+            ValueError: if an entry is missing, or if the state counts another number of batches an epoch (so
+                other data, batch size or number of processes) and its position means nothing here.
         """
         missing = [key for key in ("seed", "epoch", "start_batch", "batches") if key not in state]
         if missing:

@@ -18,8 +18,8 @@ class EpochBatchSampler(DistributedBatchSampler):
         size: number of rows of the data set.
         batch_size: rows of a batch on one rank.
         shuffle: draw a new order every epoch; otherwise rows come in their own order.
-        drop_last: leave out the rows that fill no whole global batch. Otherwise the last global batch is shared
-            as evenly as it goes, down to an empty list on some ranks, and every rank gets as many batches.
+        drop_last: leave out the rows that fill no whole global batch. Otherwise the last global batch is
+            shared as evenly as it goes, down to an empty list on some ranks; all ranks get as many batches.
         seed: seed of all epochs.
         rank: number of this process; by default as ``torch.distributed`` says, else 0 of 1.
         world_size: number of processes; given together with ``rank``.
