@@ -106,6 +106,14 @@ def positive(name: str, value: float | Tensor, *, rows: int | None = None) -> No
         raise ValueError(f"{name} must be finite and > 0, got {value}.")
 
 
+def count(name: str, value: int, *, at_least: int = 1) -> None:
+    """Refuse anything but an integer >= ``at_least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}.")
+
+
 def choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """Refuse a value outside the allowed ones."""
     allowed = tuple(allowed)
