@@ -1,1 +1,29 @@
-"""."""
+"""Contrastive learning on images: encoders, views, data sets and published methods as plug-ins.
+
+``import cl_vision`` is lazy: a submodule is imported when it is first touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cl_vision import data, encoders, figures, methods, projectors, transforms
+    from cl_vision.probe import probe_folder
+
+__version__ = version("cl-vision")
+__all__ = ["data", "encoders", "figures", "methods", "probe_folder", "projectors", "transforms"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "probe_folder":
+        return importlib.import_module("cl_vision.probe").probe_folder
+    if name in __all__:
+        return importlib.import_module(f"cl_vision.{name}")
+    raise AttributeError(f"module 'cl_vision' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

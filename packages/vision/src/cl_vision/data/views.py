@@ -1,0 +1,161 @@
+"""Batches of views: what a contrastive method on images is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cl_vision.transforms import ViewTransform, view_seed
+
+
+class Views(NamedTuple):
+    """Random views of a batch of images; a sample has the same fields without the dimension N.
+
+    Attributes:
+        views: two or more tensors (N, C, H, W); row i of all is the same image.
+        labels: class of each image, shape (N,), int64; -1 where unknown. Not for training: for monitors.
+        index: row of each image in its data set, shape (N,), int64.
+    """
+
+    views: tuple[Tensor, ...]
+    labels: Tensor
+    index: Tensor
+
+
+class Images(Protocol):
+    """Images before any transform: uint8 tensors (C, H, W) by row, and all labels at hand."""
+
+    labels: Tensor
+
+    def __getitem__(self, row: int) -> Tensor:
+        """Image of one row, uint8 (C, H, W)."""
+
+    def __len__(self) -> int: ...
+
+
+class ImageArray:
+    """Images held in memory.
+
+    Args:
+        images: shape (N, C, H, W), uint8.
+        labels: shape (N,), int64; -1 where unknown.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise ValueError(
+                f"images must be uint8 of shape (N, C, H, W), got {images.dtype} {tuple(images.shape)}."
+            )
+        if tuple(labels.shape) != (len(images),):
+            raise ValueError(f"labels must have shape ({len(images)},), got {tuple(labels.shape)}.")
+        self.images, self.labels = images, labels.to(torch.int64)
+
+    def __getitem__(self, row: int) -> Tensor:
+        """Image of one row."""
+        return self.images[row]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class ViewDataset(Dataset[Views]):
+    """Random views of images, a pure function of (seed, epoch, row, view).
+
+    Args:
+        images: the images.
+        transform: makes a view.
+        rows: rows of ``images`` that take part, shape (M,); None for all.
+        num_views: views an image.
+        seed: run seed.
+        finish: applied to every view after the transform, for example a normalisation.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        transform: ViewTransform,
+        *,
+        rows: Tensor | None = None,
+        num_views: int = 2,
+        seed: int = 0,
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if num_views < 1:
+            raise ValueError(f"num_views must be >= 1, got {num_views}.")
+        self.images, self.transform, self.finish = images, transform, finish
+        self.rows = torch.arange(len(images)) if rows is None else rows
+        self.num_views, self.seed = num_views, seed
+        # In shared memory, so that loader workers that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose views are drawn."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the views of ``epoch`` from now on; call it before the loader of that epoch starts."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of all rows, shape (M,)."""
+        return self.images.labels[self.rows]
+
+    def __getitem__(self, index: int) -> Views:
+        """Views of one image."""
+        row = int(self.rows[index])
+        image = self.images[row]
+        views = [
+            self.transform(image, seed=view_seed(self.seed, self.epoch, index, view))
+            for view in range(self.num_views)
+        ]
+        if self.finish is not None:
+            views = [self.finish(view) for view in views]
+        return Views(tuple(views), self.images.labels[row], torch.tensor(index))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Images and labels for evaluation, without randomness.
+
+    Args:
+        images: the images.
+        transform: from an image to the encoder's input.
+        rows: rows of ``images`` that take part, shape (M,); None for all.
+    """
+
+    def __init__(
+        self, images: Images, transform: Callable[[Tensor], Tensor], *, rows: Tensor | None = None
+    ) -> None:
+        self.images, self.transform = images, transform
+        self.rows = torch.arange(len(images)) if rows is None else rows
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of all rows, shape (M,)."""
+        return self.images.labels[self.rows]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image (C, H, W) and label of one row."""
+        row = int(self.rows[index])
+        return self.transform(self.images[row]), self.images.labels[row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def collate_views(samples: Sequence[Views]) -> Views:
+    """Stack samples to a batch."""
+    views = tuple(torch.stack(view) for view in zip(*(sample.views for sample in samples), strict=True))
+    return Views(
+        views,
+        torch.stack([sample.labels for sample in samples]),
+        torch.stack([sample.index for sample in samples]),
+    )

@@ -1,0 +1,210 @@
+"""Image encoders: from a batch of images to one feature row an image, without a classifier."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from cl_core import _checks
+from cl_vision._names import unknown_name
+
+Norm: TypeAlias = Literal["batch", "group"]
+"""``"batch"`` couples the rows of a batch (running statistics at evaluation), ``"group"`` does not."""
+
+
+class Encoder(nn.Module):
+    """Base of every encoder: maps images (N, C, H, W) to features (N, ``dim``).
+
+    Attributes:
+        dim: number of features, set by the subclass.
+    """
+
+    dim: int
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of a batch of images, shape (N, dim)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(images).")
+
+
+class SmallConvNet(Encoder):
+    """Four 3x3 convolutions of widths w, 2w, 4w, 8w, three poolings, a global average.
+
+    The network of quick runs on small images: at ``width=32`` it has 0.4 million parameters. The smallest
+    image is 8x8 (handwritten digits): three poolings leave one pixel.
+
+    Args:
+        width: channels w of the first convolution; ``dim`` is 8w.
+        in_channels: channels of the images, 1 for grey.
+        norm: ``"batch"``, or ``"group"`` for rows that must not depend on their batch.
+
+    Cost: about 0.7 million multiply-adds a 8x8 image at width 32, sixteen times that at 32x32.
+    """
+
+    def __init__(self, width: int = 32, in_channels: int = 3, norm: Norm = "batch") -> None:
+        super().__init__()
+        _positive_integer("width", width)
+        _positive_integer("in_channels", in_channels)
+        normalise = _norm_layer(norm)
+        self.width, self.in_channels, self.norm = width, in_channels, norm
+        self.dim = 8 * width
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for stage, out in enumerate((width, 2 * width, 4 * width, 8 * width)):
+            layers += [
+                nn.Conv2d(channels, out, 3, padding=1, bias=False),
+                normalise(out),
+                nn.ReLU(inplace=True),
+            ]
+            if stage < 3:
+                layers.append(nn.MaxPool2d(2))
+            channels = out
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images (N, in_channels, H, W) with H, W >= 8, shape (N, 8 * width)."""
+        _check_images(images, channels=self.in_channels, at_least=8)
+        return self.layers(images).mean(dim=(2, 3))
+
+
+class ResNet(Encoder):
+    """A torchvision ResNet without its classifier.
+
+    Args:
+        depth: 18, 34 or 50; ``dim`` is 512, 512 or 2048.
+        stem: ``"cifar"`` for small images (3x3 convolution of stride 1, no max-pooling), ``"imagenet"`` for
+            the original one (7x7 of stride 2 and max-pooling).
+        in_channels: channels of the images.
+        norm: ``"batch"`` or ``"group"``.
+
+    Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv 1512.03385; the
+    small stem as in Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations",
+    arXiv 2002.05709, B.9.
+    """
+
+    def __init__(
+        self,
+        depth: Literal[18, 34, 50] = 18,
+        stem: Literal["cifar", "imagenet"] = "cifar",
+        in_channels: int = 3,
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__()
+        _checks.choice("depth", depth, (18, 34, 50))
+        _checks.choice("stem", stem, ("cifar", "imagenet"))
+        _positive_integer("in_channels", in_channels)
+        self.depth, self.stem, self.in_channels, self.norm = depth, stem, in_channels, norm
+        block = resnet.Bottleneck if depth == 50 else resnet.BasicBlock
+        stages = [2, 2, 2, 2] if depth == 18 else [3, 4, 6, 3]
+        network = resnet.ResNet(block, stages, norm_layer=_norm_layer(norm))
+        if stem == "cifar":
+            network.conv1 = _first_convolution(in_channels, kernel=3, stride=1)
+            network.maxpool = nn.Identity()
+        elif in_channels != 3:
+            network.conv1 = _first_convolution(in_channels, kernel=7, stride=2)
+        self.dim = network.fc.in_features
+        network.fc = nn.Identity()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images (N, in_channels, H, W), shape (N, dim)."""
+        _check_images(images, channels=self.in_channels)
+        return self.network(images)
+
+
+class TorchvisionEncoder(Encoder):
+    """Any of torchvision's classifiers by name, its last linear layer removed.
+
+    Models that do not end in one linear layer (SqueezeNet) or return more than one tensor while training
+    (GoogLeNet, Inception) are refused.
+
+    Args:
+        name: a name of ``torchvision.models.list_models``, for example ``"convnext_tiny"``.
+        weights: None for random weights, or the name of torchvision's weights for this model, for example
+            ``"DEFAULT"``: downloaded once by torchvision, checked, and read without executing code.
+    """
+
+    def __init__(self, name: str, weights: str | None = None) -> None:
+        super().__init__()
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name not in known:
+            raise ValueError(unknown_name("torchvision classifier", name, known))
+        self.name, self.weights = name, weights
+        network = torchvision.models.get_model(name, weights=None, **_quick_initialisation(name))
+        if hasattr(network, "AuxLogits") or hasattr(network, "aux1"):
+            raise ValueError(
+                f"{name} has auxiliary classifiers, so it returns no single tensor; choose another."
+            )
+        path = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1:]
+        last = network.get_submodule(path[0]) if path else None
+        if last is None or last.out_features != 1000:
+            raise ValueError(
+                f"{name} does not end in one linear layer that could be removed; choose another."
+            )
+        if weights is not None:
+            _load_torchvision_weights(network, name, weights)
+        self.dim = last.in_features
+        owner, _, attribute = path[0].rpartition(".")
+        setattr(network.get_submodule(owner), attribute, nn.Identity())
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images (N, 3, H, W) of a size the model allows, shape (N, dim)."""
+        _check_images(images, channels=3)
+        return self.network(images)
+
+
+def _quick_initialisation(name: str) -> dict[str, Any]:
+    # These two warn unless told how to start; they are refused right after, so it does not matter how.
+    return {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+
+
+def _load_torchvision_weights(network: nn.Module, name: str, weights: str) -> None:
+    members = torchvision.models.get_model_weights(name)
+    if weights not in members.__members__:
+        raise ValueError(unknown_name(f"weights of {name}", weights, members.__members__))
+    state = members[weights].get_state_dict(progress=False, check_hash=True, weights_only=True)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights {weights!r} of {name} do not fit torchvision's own model.") from error
+
+
+def _first_convolution(in_channels: int, *, kernel: int, stride: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(in_channels, 64, kernel, stride=stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
+
+
+def _norm_layer(norm: Norm) -> Any:
+    _checks.choice("norm", norm, ("batch", "group"))
+    return nn.BatchNorm2d if norm == "batch" else _group_norm
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups, of at least two channels where the number allows it."""
+    groups = math.gcd(32, channels)
+    if groups == channels > 1:
+        groups //= 2
+    return nn.GroupNorm(groups, channels)
+
+
+def _positive_integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def _check_images(images: Tensor, *, channels: int, at_least: int = 1) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be a tensor of shape (N, {channels}, H, W), got {type(images).__name__}."
+        )
+    if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < at_least:
+        sizes = f" with H, W >= {at_least}" if at_least > 1 else ""
+        raise ValueError(f"images must have shape (N, {channels}, H, W){sizes}, got {tuple(images.shape)}.")
+    if not torch.is_floating_point(images):
+        raise TypeError(f"images must be floating point (scaled, not raw bytes), got {images.dtype}.")

@@ -1,0 +1,64 @@
+"""SimCLR: agree between two augmented views of an image, disagree with all others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cl_core.losses._base import TwoViewLoss
+from cl_core.method import Method
+from cl_vision.encoders import Encoder
+from cl_vision.projectors import MLPProjector, Projector
+
+if TYPE_CHECKING:
+    from cl_vision.data import Views
+
+
+class SimCLR(Method):
+    """SimCLR: two augmented views, an encoder, a projector, any two-view loss.
+
+        cl-vision fit --config dcl/digits
+
+    The projector serves the loss only; :meth:`embed` returns the encoder's features, which transfer better.
+
+    Args:
+        encoder: what is trained and kept.
+        loss: compares the projections of the views, for example ``NTXentLoss`` or ``DCLLoss``.
+        projector: head between encoder and loss; None for SimCLR's, two layers to 128 columns. A head without
+            ``in_dim`` is built here for the encoder's ``dim``.
+
+    Reference: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
+    2020, arXiv 2002.05709.
+    """
+
+    def __init__(self, encoder: Encoder, loss: TwoViewLoss, projector: Projector | None = None) -> None:
+        super().__init__()
+        if not isinstance(encoder, Encoder):
+            raise TypeError(f"encoder must be a cl_vision Encoder, got {type(encoder).__name__}.")
+        if not isinstance(loss, TwoViewLoss):
+            raise TypeError(f"loss must be a TwoViewLoss, called with (z1, z2), got {type(loss).__name__}.")
+        projector = MLPProjector(encoder.dim) if projector is None else projector
+        if projector.in_dim is None:
+            projector.build(encoder.dim)
+        if projector.in_dim != encoder.dim:
+            raise ValueError(
+                f"projector.in_dim must equal the encoder's dim, got {projector.in_dim} and {encoder.dim}."
+            )
+        self.encoder, self.criterion, self.projector = encoder, loss, projector
+
+    def loss(self, batch: Views) -> Tensor:
+        """Loss of the views of one batch, a scalar."""
+        if len(batch.views) < 2:
+            raise ValueError(
+                f"SimCLR compares views, so a batch needs at least 2 of them, got {len(batch.views)}."
+            )
+        return self.criterion(*(self.project(view) for view in batch.views))
+
+    def project(self, images: Tensor) -> Tensor:
+        """What the loss sees of images (N, C, H, W), shape (N, projector.out_dim)."""
+        return self.projector(self.encoder(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features of images (N, C, H, W), shape (N, encoder.dim)."""
+        return self.encoder(images)

@@ -1,0 +1,91 @@
+"""Projection heads: from features to the space in which the loss compares."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from cl_core import _checks
+
+
+class Projector(nn.Module):
+    """Base of every projection head: maps features (N, ``in_dim``) to (N, ``out_dim``).
+
+    ``in_dim`` may be left None at construction; the method that owns the head then calls :meth:`build` with
+    the encoder's ``dim``.
+    """
+
+    in_dim: int | None
+    out_dim: int
+
+    def build(self, in_dim: int) -> None:
+        """Create the layers for features of ``in_dim`` columns and set ``self.in_dim``."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(in_dim).")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Projections of features (N, in_dim), shape (N, out_dim)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(features).")
+
+
+class MLPProjector(Projector):
+    """Multi-layer perceptron, ReLU between the layers, the last one linear (SimCLR's head).
+
+    Args:
+        in_dim: columns of the features; None takes the encoder's when a method builds the head.
+        hidden_dim: width of the hidden layers; None takes ``in_dim``.
+        out_dim: columns of the projections.
+        layers: number of linear layers; 1 is a linear head.
+        norm: normalisation after each hidden layer: ``"batch"``, ``"layer"`` or ``"none"``.
+
+    Reference: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
+    2020, arXiv 2002.05709.
+    """
+
+    def __init__(
+        self,
+        in_dim: int | None = None,
+        hidden_dim: int | None = None,
+        out_dim: int = 128,
+        layers: int = 2,
+        norm: Literal["batch", "layer", "none"] = "batch",
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_dim", in_dim),
+            ("hidden_dim", hidden_dim),
+            ("out_dim", out_dim),
+            ("layers", layers),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        _checks.choice("norm", norm, ("batch", "layer", "none"))
+        self.in_dim: int | None = None
+        self.hidden_dim, self.out_dim, self.layers, self.norm = hidden_dim, out_dim, layers, norm
+        self.network: nn.Sequential | None = None
+        if in_dim is not None:
+            self.build(in_dim)
+
+    def build(self, in_dim: int) -> None:
+        """Create the layers for features of ``in_dim`` columns."""
+        if self.network is not None:
+            raise RuntimeError(f"this projector is already built, for in_dim={self.in_dim}.")
+        modules: list[nn.Module] = []
+        width, hidden = in_dim, self.hidden_dim or in_dim
+        for _ in range(self.layers - 1):
+            modules.append(nn.Linear(width, hidden, bias=self.norm == "none"))
+            if self.norm != "none":
+                modules.append(nn.BatchNorm1d(hidden) if self.norm == "batch" else nn.LayerNorm(hidden))
+            modules.append(nn.ReLU(inplace=True))
+            width = hidden
+        modules.append(nn.Linear(width, self.out_dim))
+        self.network = nn.Sequential(*modules)
+        self.in_dim = in_dim
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Projections of features (N, in_dim), shape (N, out_dim)."""
+        if self.network is None:
+            raise RuntimeError("this projector has no in_dim yet: give one, or let a method build it.")
+        if features.ndim != 2 or features.shape[1] != self.in_dim:
+            raise ValueError(f"features must have shape (N, {self.in_dim}), got {tuple(features.shape)}.")
+        return self.network(features)
