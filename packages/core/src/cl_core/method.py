@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: counted in optimiser steps, not in batches."""
+    """Where training stands: counted in optimiser steps, not in batches.
+
+    Attributes:
+        step: optimiser steps done.
+        total_steps: optimiser steps of the whole training.
+        epoch: number of the running epoch, from 0.
+        total_epochs: epochs of the whole training.
+    """
 
     step: int
     total_steps: int
@@ -21,19 +29,21 @@ class Progress:
     @property
     def fraction(self) -> float:
         """Share of the optimiser steps done, in [0, 1]."""
-        return self.step / max(1, self.total_steps)
+        return min(1.0, self.step / max(1, self.total_steps))
 
 
 class Method(nn.Module):
     """Base of every method.
 
     ``method(batch)`` is ``method.loss(batch)``, so that ``DistributedDataParallel(method)(batch)`` works and
-    ``loss = method(batch); loss.backward()`` trains it in a bare loop; :mod:`cl_core.training` runs the same object
-    under Lightning. An injected loss is stored as ``self.criterion``.
+    ``loss = method(batch); loss.backward()`` trains it in a bare loop; :mod:`cl_core.training` runs the same
+    object under Lightning. An injected loss is stored as ``self.criterion`` (an attribute called ``loss``
+    would hide behind the method); every other argument of the constructor under its own name, which is what
+    an export writes down.
     """
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
-        """Loss of one training batch: a scalar, or a dict whose ``"loss"`` is optimised and whose rest is logged."""
+        """Loss of one training batch: a scalar, or a dict whose ``"loss"`` is optimised, the rest logged."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(batch).")
 
     def forward(self, batch: Any) -> Tensor | dict[str, Tensor]:
@@ -44,20 +54,36 @@ class Method(nn.Module):
         """What a downstream user wants: one row an input, shape (N, D)."""
         raise NotImplementedError(f"{type(self).__name__} must define embed(inputs).")
 
-    def on_fit_start(self, progress: Progress) -> None:  # noqa: B027
+    def on_fit_start(self, progress: Progress) -> None:
         """Hook: once before the first step, also after a resume."""
 
-    def on_epoch_start(self, progress: Progress) -> None:  # noqa: B027
+    def on_epoch_start(self, progress: Progress) -> None:
         """Hook: before the first batch of an epoch (clustering, curricula)."""
 
-    def after_step(self, progress: Progress) -> None:  # noqa: B027
-        """Hook: once per optimiser step, after it (momentum encoders, schedules), also under gradient accumulation."""
+    def after_step(self, progress: Progress) -> None:
+        """Hook: after each optimiser step, once (momentum encoders, schedules), also when accumulating."""
 
     def parameter_groups(self, weight_decay: float) -> Iterable[dict[str, Any]]:
-        """Parameter groups for the optimiser; by default biases and vectors (norms) carry no weight decay."""
+        """Parameter groups for the optimiser; by default biases and vectors (norms) carry no weight decay.
+
+        A group may scale the learning rate by ``"lr_scale"``, and name its ``"optimizer"``: groups of one name
+        share an optimiser. All optimisers step on the one loss, unless :meth:`update` is defined.
+        """
         decayed, exempt = [], []
         for parameter in self.parameters():
             if parameter.requires_grad:
                 (decayed if parameter.ndim > 1 else exempt).append(parameter)
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
+
+    def update(
+        self, batch: Any, optimizers: Mapping[str, Optimizer], backward: Callable[[Tensor], None]
+    ) -> Tensor | dict[str, Tensor]:
+        """Define it when optimisers take turns: do all steps of one batch, and return what :meth:`loss` returns.
+
+        Args:
+            batch: the training batch.
+            optimizers: by the names of :meth:`parameter_groups`; zero, step and order them freely.
+            backward: call it instead of ``loss.backward()``: it also scales for mixed precision.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no update of its own.")

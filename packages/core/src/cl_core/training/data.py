@@ -17,10 +17,10 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class Data(ABC):
     """Base of every data set that the commands can train on.
 
-    The order of the batches is drawn from (seed, epoch) and the augmentations from (seed, epoch, index), never from a
-    worker process, so that a run can be continued in the middle of an epoch. Therefore the seed is set once, by
-    :meth:`set_seed`, before :meth:`train_dataset` is asked for, and a training data set that has
-    ``set_epoch(epoch)`` is told each epoch before its first batch.
+    The order of the batches is drawn from (seed, epoch) and the augmentations from (seed, epoch, index),
+    never from a worker process, so that a run can be continued in the middle of an epoch. Therefore the seed
+    is set once, by :meth:`set_seed`, before :meth:`train_dataset` is asked for, and a training data set that
+    has ``set_epoch(epoch)`` is told each epoch before its first batch.
 
     Args:
         batch_size: items a training batch, on each process.
@@ -44,7 +44,7 @@ class Data(ABC):
 
     @abstractmethod
     def evaluation_dataset(self, split: Split) -> Dataset[Any]:
-        """Map-style data set of ``(input, label)`` without augmentation; inputs are what ``Method.embed`` takes."""
+        """Map-style data set of ``(input, label)``, not augmented; ``Method.embed`` takes the inputs."""
 
     def collate(self, items: list[Any]) -> Any:
         """Make a training batch of items; torch's default."""
