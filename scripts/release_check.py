@@ -154,14 +154,17 @@ def install_problems(one: Member, wheels: list[Path], work: Path) -> list[str]:
         _run(UV, "venv", "--quiet", "--python", sys.executable, str(environment))
         _run(UV, "pip", "install", "--quiet", "--python", str(python), *constraints, *map(str, wheels))
         _run(UV, "pip", "check", "--quiet", "--python", str(python))
-        _run(str(python), "-I", str(ROOT / "scripts" / "smoke" / f"{one.module}.py"), cwd=work)
+        print(_run(str(python), "-I", str(ROOT / "scripts" / "smoke" / f"{one.module}.py"), cwd=work), end="")
     except subprocess.CalledProcessError as error:
         return [f"{one.name}: {' '.join(map(str, error.cmd[:4]))} ... failed.\n{error.stdout}"]
     return []
 
 
-def _run(*command: str, cwd: Path = ROOT) -> None:
-    subprocess.run(command, cwd=cwd, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def _run(*command: str, cwd: Path = ROOT) -> str:
+    """Output and errors of a command; CalledProcessError, which holds them, if it fails."""
+    return subprocess.run(
+        command, cwd=cwd, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ).stdout
 
 
 def check(one: Member, found: list[Member], work: Path, *, tag: str | None, install: bool) -> list[str]:
