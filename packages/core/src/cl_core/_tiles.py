@@ -1,12 +1,13 @@
 """The loops under :mod:`cl_core.similarity`: plain functions on tensors, without autograd.
 
-Two kernels, each with its backward:
+Three kernels, each with its backward:
 
 * ``rows_*``: one log-sum-exp a row, running maxima, right at any scale of the logits;
 * ``shared_*``: one exponential serves the row and the column of an entry (and, with one set of rows, both of its
-  rows: only the upper triangle is computed). Without any shift, so only for logits that cannot over- or underflow.
+  rows: only the upper triangle is computed). Without any shift, so only for logits that cannot over- or underflow;
+* ``softplus_*``: a sum of softplus a row.
 
-Both take logits ``x @ y.T`` and walk them in tiles that fit the cache. Exponentials are taken to base 2, with log2(e)
+All take logits ``x @ y.T`` and walk them in tiles that fit the cache. Exponentials are taken to base 2, with log2(e)
 folded into the product: on CPU that is several times cheaper than base e and no less exact.
 """
 
@@ -79,11 +80,15 @@ class Pairing:
             return True
         if self.over == "same":
             return self._overlap(r0, r1, c0, c1)
-        return not self._row_key(r0) == self._row_key(r1 - 1) == self._column_key(c0) == self._column_key(c1 - 1)
+        return (
+            not self._row_key(r0) == self._row_key(r1 - 1) == self._column_key(c0) == self._column_key(c1 - 1)
+        )
 
     def fill_(self, tile: Tensor, r0: int, r1: int, c0: int, c1: int, value: float) -> Tensor:
         """Overwrite the entries of a tile that do not count."""
-        if self.over == "all" or (self.over == "different" and self._corners and not self._overlap(r0, r1, c0, c1)):
+        if self.over == "all" or (
+            self.over == "different" and self._corners and not self._overlap(r0, r1, c0, c1)
+        ):
             return tile
         if self.over == "different" and 0 < self._group_size <= _LARGEST_STRIDED_GROUP:
             self._fill_groups_(tile, r0, r1, c0, c1, value)
@@ -114,8 +119,12 @@ class Pairing:
         )
 
     def _fill_groups_(self, tile: Tensor, r0: int, r1: int, c0: int, c1: int, value: float) -> None:
-        """Fill the blocks of groups of fixed size by strided diagonals: no mask, no comparison."""
+        """Fill the blocks of groups of fixed size by strided writes: no mask, no comparison."""
         size = self._group_size
+        if (r0, r1) == (c0, c1) and r0 % size == 0 == r1 % size and tile.is_contiguous():
+            count = (r1 - r0) // size
+            tile.view(count, size, count, size).diagonal(dim1=0, dim2=2).fill_(value)
+            return
         for place in range(size):  # of the row in its group
             row = r0 + (place - r0) % size
             for other in range(size):  # of the column in the same group
@@ -155,10 +164,10 @@ def panels(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 class _Walk:
-    """Visits tiles of the logits of x and y, each written into the same reused buffer in units of log 2."""
+    """Visits tiles of the logits of x and y, times a unit, each written into the same reused buffer."""
 
-    def __init__(self, x: Tensor, y: Tensor, pairing: Pairing, tile: Tile) -> None:
-        self.x, self.yt, self.pairing, self.tile = x, y.t(), pairing, tile
+    def __init__(self, x: Tensor, y: Tensor, pairing: Pairing, tile: Tile, *, unit: float = LOG2E) -> None:
+        self.x, self.yt, self.pairing, self.tile, self.unit = x, y.t(), pairing, tile, unit
         self._buffer = x.new_empty(min(tile[0], len(x)) * min(max(tile), max(len(y), 1)))
 
     def scratch(self) -> Tensor:
@@ -177,7 +186,7 @@ class _Walk:
 
     def logits(self, r0: int, r1: int, c0: int, c1: int) -> Tensor:
         tile = view(self._buffer, r1 - r0, c1 - c0)
-        return torch.addmm(tile, self.x[r0:r1], self.yt[:, c0:c1], beta=0, alpha=LOG2E, out=tile)
+        return torch.addmm(tile, self.x[r0:r1], self.yt[:, c0:c1], beta=0, alpha=self.unit, out=tile)
 
     def exponentials(self, r0: int, r1: int, c0: int, c1: int) -> Tensor:
         return self.pairing.fill_(self.logits(r0, r1, c0, c1).exp2_(), r0, r1, c0, c1, 0)
@@ -297,9 +306,10 @@ def shared_backward(
 
 def kept_forward(x: Tensor, y: Tensor, pairing: Pairing) -> Tensor:
     """The whole matrix of unshifted exponentials, for a backward without recomputation."""
-    exponentials = x.new_empty(len(x), len(y))
+    (n, m) = x.shape[0], y.shape[0]
+    exponentials = x.new_empty(n, m)
     torch.mm(x * LOG2E, y.t(), out=exponentials).exp2_()
-    return pairing.fill_(exponentials, 0, len(x), 0, len(y), 0)
+    return pairing.fill_(exponentials, 0, n, 0, m, 0)
 
 
 def kept_backward(
@@ -310,10 +320,10 @@ def kept_backward(
     With ``y is x`` and u equal to v, W is symmetric and the first result alone is the whole gradient.
     """
     panel = default_tile(x.device)[0]
-    scratch = x.new_empty(min(panel, len(x)), len(y))
+    scratch = x.new_empty(min(panel, x.shape[0]), y.shape[0])
     dx = torch.empty_like(x) if need[0] else None
     dy = torch.zeros_like(y) if need[1] else None
-    for r0, r1 in panels(0, len(x), panel):
+    for r0, r1 in panels(0, x.shape[0], panel):
         weight = scratch[: r1 - r0]
         if u is None or v is None:
             torch.mul(kept[r0:r1], v[None] if u is None else u[r0:r1, None], out=weight)  # type: ignore[index]
@@ -332,3 +342,37 @@ def per_sum(gradient: Tensor | None, log_sum: Tensor | None) -> Tensor:
     assert gradient is not None
     assert log_sum is not None
     return torch.where(log_sum == -torch.inf, 0, gradient * torch.exp(-log_sum))
+
+
+def softplus_forward(x: Tensor, y: Tensor, offset: Tensor, pairing: Pairing, tile: Tile) -> Tensor:
+    """Row-wise sum of softplus(x @ y.T + offset) over the counting pairs."""
+    walk = _Walk(x, y, pairing, tile, unit=1.0)
+    scratch = walk.scratch()
+    result = x.new_zeros(len(x))
+    for r0, r1 in walk.rows():
+        for c0, c1 in walk.columns(r0, r1):
+            margin = pairing.fill_(
+                walk.logits(r0, r1, c0, c1).add_(offset[r0:r1, None]), r0, r1, c0, c1, -torch.inf
+            )
+            # max(v, 0) + log1p(exp(-|v|)), exact at both ends
+            rest = torch.abs(margin, out=view(scratch, r1 - r0, c1 - c0)).mul_(-LOG2E).exp2_().log1p_()
+            result[r0:r1] += margin.clamp_min_(0).add_(rest).sum(1)
+    return result
+
+
+def softplus_backward(
+    gradient: Tensor, x: Tensor, y: Tensor, offset: Tensor, pairing: Pairing, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of :func:`softplus_forward` for x, y and offset: with P = sigmoid, dx = g (P y), dy = P^T (g x)."""
+    walk = _Walk(x, y, pairing, tile, unit=1.0)
+    dx, dy, doffset = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(offset)
+    for r0, r1 in walk.rows():
+        scaled = x[r0:r1] * gradient[r0:r1, None]
+        for c0, c1 in walk.columns(r0, r1):
+            margin = walk.logits(r0, r1, c0, c1).add_(offset[r0:r1, None])
+            share = pairing.fill_(margin.sigmoid_(), r0, r1, c0, c1, 0)
+            dx[r0:r1].addmm_(share, y[c0:c1])
+            dy[c0:c1].addmm_(share.t(), scaled)
+            doffset[r0:r1] += share.sum(1)
+        dx[r0:r1].mul_(gradient[r0:r1, None])
+    return dx, dy, doffset.mul_(gradient)

@@ -81,7 +81,9 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
         )
     found = dist.group.WORLD if group == "world" else group
     if not isinstance(found, dist.ProcessGroup):
-        raise ValueError(f"group must be None, 'world' or a process group of this rank, got {type(group).__name__}.")
+        raise ValueError(
+            f"group must be None, 'world' or a process group of this rank, got {type(group).__name__}."
+        )
     return found if dist.get_world_size(found) > 1 else None
 
 
@@ -112,7 +114,9 @@ class _AllGather(torch.autograd.Function):
     """Uneven all-gather along the first dimension, by padding to the largest count; its backward sums over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, counts: tuple[int, ...], rank: int) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, group: dist.ProcessGroup, counts: tuple[int, ...], rank: int
+    ) -> Tensor:
         ctx.group, ctx.counts, ctx.rank = group, counts, rank
         largest, rest = max(counts), rows.shape[1:]
         padded = rows.contiguous()

@@ -14,14 +14,14 @@ autograd carries the gradients of normalisation and temperature. The tiled forms
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from cl_core import _checks, _tiles
+from cl_core import _checks, _ops, _tiles
 from cl_core._tiles import Over, Pairing
 from cl_core._types import Impl
 
@@ -94,13 +94,13 @@ def self_log_sum_exp(
     _checks.impl(impl)
     _checks.choice("over", over, ("different", "same"))
     if _dense(rows, rows, impl):
-        pairing = _self_pairing(rows, keys, group_size, over, ordered=False)
+        pairing = _ops.self_pairing(rows, keys, group_size, over, ordered=False)
         return _dense_log_sum_exp(rows, rows, pairing, bound, both=False)[0]
     tile = tile or _tiles.default_tile(rows.device)
     if keys is None:
-        return _self_op(rows, None, group_size, over, bound, list(tile))  # type: ignore[no-any-return]
+        return _ops.self_log_sum_exp(rows, None, group_size, over, bound, list(tile))  # type: ignore[no-any-return]
     keys, order = keys.sort(stable=True)
-    result = _self_op(rows.index_select(0, order), keys, 1, over, bound, list(tile))
+    result = _ops.self_log_sum_exp(rows.index_select(0, order), keys, 1, over, bound, list(tile))
     return torch.empty_like(result).index_copy(0, order, result)
 
 
@@ -149,7 +149,9 @@ def cross_log_sum_exp(
         raise ValueError("row_keys and column_keys must be given together, got only one of them.")
     tile = tile or _tiles.default_tile(rows.device)
     if log_weight is not None:
-        pairing = _cross_pairing(rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size, False)
+        pairing = _ops.cross_pairing(
+            rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size, False
+        )
         if _dense(rows, columns, impl):
             bias = log_weight(*_index_vectors(rows, columns), *weight_inputs)
             return _plain_log_sum_exp(rows, columns, pairing, bias)
@@ -158,16 +160,20 @@ def cross_log_sum_exp(
             rows, columns, log_weight, pairing, tile, len(weight_inputs), *weight_inputs, *parameters
         )
     if _dense(rows, columns, impl):
-        pairing = _cross_pairing(rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size, False)
+        pairing = _ops.cross_pairing(
+            rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size, False
+        )
         return _dense_log_sum_exp(rows, columns, pairing, None, both=False)[0]
     if row_keys is None or column_keys is None:
-        return _rows_op(rows, columns, None, None, None, None, group_size, over, list(tile))  # type: ignore[no-any-return]
+        return _ops.rows_log_sum_exp(rows, columns, None, None, None, None, group_size, over, list(tile))  # type: ignore[no-any-return]
     row_keys, row_order = row_keys.sort(stable=True)
     column_keys, column_order = column_keys.sort(stable=True)
     if row_ids is not None and column_ids is not None:
         row_ids, column_ids = row_ids[row_order], column_ids[column_order]
     rows, columns = rows.index_select(0, row_order), columns.index_select(0, column_order)
-    result = _rows_op(rows, columns, row_keys, column_keys, row_ids, column_ids, 1, over, list(tile))
+    result = _ops.rows_log_sum_exp(
+        rows, columns, row_keys, column_keys, row_ids, column_ids, 1, over, list(tile)
+    )
     return torch.empty_like(result).index_copy(0, row_order, result)
 
 
@@ -203,7 +209,64 @@ def paired_log_sum_exp(
         pairing = Pairing(over, len(rows), len(columns), device=rows.device)
         return _dense_log_sum_exp(rows, columns, pairing, bound, both=True)
     tile = tile or _tiles.default_tile(rows.device)
-    return _paired_op(rows, columns, over, bound, list(tile))  # type: ignore[no-any-return]
+    return _ops.paired_log_sum_exp(rows, columns, over, bound, list(tile))  # type: ignore[no-any-return]
+
+
+def softplus_sum(
+    rows: Tensor,
+    columns: Tensor,
+    offset: Tensor,
+    *,
+    row_keys: Tensor | None = None,
+    column_keys: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    over: Over = "all",
+    impl: Impl = "auto",
+    tile: tuple[int, int] | None = None,
+) -> Tensor:
+    r"""Row-wise sum of the softplus of shifted similarities: losses that look at pairs one by one.
+
+        s_i = sum_{j counts for i} log(1 + exp(rows_i . columns_j + offset_i))
+
+    Args:
+        rows: shape (N, D), float32 or float64.
+        columns: shape (M, D).
+        offset: shape (N,); -inf makes a row's sum zero.
+        row_keys: as in :func:`cross_log_sum_exp`.
+        column_keys: as in :func:`cross_log_sum_exp`.
+        row_ids: as in :func:`cross_log_sum_exp`.
+        column_ids: as in :func:`cross_log_sum_exp`.
+        over: "all" pairs, those of "different" key, or those of the "same" key.
+        impl: "dense", "tiled" or "auto".
+        tile: rows and columns of a tile; None chooses.
+
+    Returns:
+        Shape (N,).
+
+    Cost: O(N M D) time (with sorted keys and ``over="same"`` only the blocks of equal keys); O((N + M) D) memory if
+    tiled.
+    """
+    _checks.impl(impl)
+    _checks.choice("over", over, ("all", "different", "same"))
+    if (row_keys is None) != (column_keys is None):
+        raise ValueError("row_keys and column_keys must be given together, got only one of them.")
+    if _dense(rows, columns, impl):
+        pairing = _ops.cross_pairing(rows, columns, row_keys, column_keys, row_ids, column_ids, over, 1, False)
+        with torch.autocast(rows.device.type, enabled=False):
+            margin = rows @ columns.t() + offset[:, None]
+        margin = margin.masked_fill(pairing.excluded(0, len(rows), 0, len(columns)), -torch.inf)
+        return torch.nn.functional.softplus(margin, threshold=60).sum(1)
+    options = [over, list(tile or _tiles.default_tile(rows.device))]
+    if row_keys is None or column_keys is None:
+        return _ops.softplus_sum(rows, columns, offset, None, None, None, None, *options)  # type: ignore[no-any-return]
+    row_keys, row_order = row_keys.sort(stable=True)
+    column_keys, column_order = column_keys.sort(stable=True)
+    if row_ids is not None and column_ids is not None:
+        row_ids, column_ids = row_ids[row_order], column_ids[column_order]
+    rows, columns, offset = rows[row_order], columns[column_order], offset[row_order]
+    result = _ops.softplus_sum(rows, columns, offset, row_keys, column_keys, row_ids, column_ids, *options)
+    return torch.empty_like(result).index_copy(0, row_order, result)
 
 
 def logit_bound(temperature: float | Tensor, normalize: bool) -> float | None:
@@ -228,7 +291,7 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, factor: float) -> Tensor:
         norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-        if z.device.type != "cpu" or not bool(norm.isfinite().all()):
+        if z.device.type != "cpu" or not math.isfinite(norm.sum().item()):
             peak = torch.linalg.vector_norm(z, ord=torch.inf, dim=1, keepdim=True).clamp_min_(_EPS)
             norm = torch.linalg.vector_norm(z / peak, dim=1, keepdim=True).mul_(peak)
         inverse = norm.clamp_min(_EPS).reciprocal_()
@@ -241,7 +304,9 @@ class _UnitRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         z, rows, inverse, spread = ctx.saved_tensors
         if torch.is_grad_enabled():  # asked to be differentiable itself
-            return _differentiable_gradient(lambda z: (_plain_unit_rows(z, ctx.factor),), (z,), (gradient,))[0], None
+            return _differentiable_gradient(lambda z: (_plain_unit_rows(z, ctx.factor),), (z,), (gradient,))[
+                0
+            ], None
         # du/dz = (I - u u^T) / |z|; a row shorter than eps is only multiplied, so it keeps its radial part.
         radial = torch.linalg.vecdot(gradient, rows)[:, None].mul_(spread).mul_(ctx.factor**-2)
         return torch.addcmul(gradient, rows, radial, value=-1).mul_(inverse.mul(ctx.factor)), None
@@ -308,7 +373,9 @@ class _KeptCross(torch.autograd.Function):
     """Small two-tower case: keeps the exponentials, one product forward and two backward."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor, pairing: Pairing, both: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, rows: Tensor, columns: Tensor, pairing: Pairing, both: bool
+    ) -> tuple[Tensor, Tensor]:
         kept = _tiles.kept_forward(rows, columns, pairing)
         row_total = kept.sum(1)
         column_total = kept.sum(0) if both else row_total.new_empty(0)
@@ -347,235 +414,6 @@ def _differentiable_gradient(
     return tuple(next(results) if x.requires_grad else None for x in inputs)
 
 
-# ---- tiled: custom ops -----------------------------------------------------------------------------------------------
-
-
-def _self_pairing(rows: Tensor, keys: Tensor | None, group_size: int, over: Over, *, ordered: bool = True) -> Pairing:
-    ids = None
-    if over == "same":
-        own = torch.arange(len(rows), device=rows.device)
-        ids = (own, own)
-    pair = None if keys is None else (keys, keys)
-    n = len(rows)
-    return Pairing(over, n, n, keys=pair, ids=ids, group_size=group_size, ordered=ordered, device=rows.device)
-
-
-def _cross_pairing(
-    rows: Tensor,
-    columns: Tensor,
-    row_keys: Tensor | None,
-    column_keys: Tensor | None,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    over: Over,
-    group_size: int,
-    ordered: bool = True,
-) -> Pairing:
-    keys = None if row_keys is None or column_keys is None else (row_keys, column_keys)
-    ids = None if row_ids is None or column_ids is None else (row_ids, column_ids)
-    return Pairing(
-        over,
-        len(rows),
-        len(columns),
-        keys=keys,
-        ids=ids,
-        group_size=group_size,
-        ordered=ordered,
-        device=rows.device,
-    )
-
-
-@torch.library.custom_op("cl_core::self_log_sum_exp", mutates_args=())
-def _self_op(
-    rows: Tensor, keys: Tensor | None, group_size: int, over: str, bound: float | None, tile: list[int]
-) -> Tensor:
-    pairing = _self_pairing(rows, keys, group_size, over)  # type: ignore[arg-type]
-    if _tiles.safe(rows, rows, bound):
-        return _tiles.shared_forward(rows, rows, pairing, _pair(tile))[0]
-    return _tiles.rows_forward(rows, rows, pairing, _pair(tile))
-
-
-@torch.library.custom_op("cl_core::self_log_sum_exp_backward", mutates_args=())
-def _self_backward_op(
-    gradient: Tensor,
-    rows: Tensor,
-    log_sum: Tensor,
-    keys: Tensor | None,
-    group_size: int,
-    over: str,
-    bound: float | None,
-    tile: list[int],
-) -> Tensor:
-    pairing = _self_pairing(rows, keys, group_size, over)  # type: ignore[arg-type]
-    if _tiles.safe(rows, rows, bound):
-        return _tiles.shared_backward(gradient, None, rows, rows, log_sum, None, pairing, _pair(tile))[0]
-    dx, dy = _tiles.rows_backward(gradient, rows, rows, log_sum, pairing, _pair(tile))
-    assert dx is not None
-    assert dy is not None
-    return dx.add_(dy)
-
-
-@_self_op.register_fake
-def _(rows: Tensor, *_: Any) -> Tensor:
-    return rows.new_empty(rows.shape[0])
-
-
-@_self_backward_op.register_fake
-def _(gradient: Tensor, rows: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(rows)
-
-
-def _self_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, keys, *ctx.options = inputs
-    ctx.save_for_backward(rows, output, keys)
-
-
-def _self_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    rows, log_sum, keys = ctx.saved_tensors
-    return _self_backward_op(gradient, rows, log_sum, keys, *ctx.options), *[None] * 5
-
-
-@torch.library.custom_op("cl_core::rows_log_sum_exp", mutates_args=())
-def _rows_op(
-    rows: Tensor,
-    columns: Tensor,
-    row_keys: Tensor | None,
-    column_keys: Tensor | None,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    group_size: int,
-    over: str,
-    tile: list[int],
-) -> Tensor:
-    pairing = _cross_pairing(rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size)  # type: ignore[arg-type]
-    return _tiles.rows_forward(rows, columns, pairing, _pair(tile))
-
-
-@torch.library.custom_op("cl_core::rows_log_sum_exp_backward", mutates_args=())
-def _rows_backward_op(
-    gradient: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    log_sum: Tensor,
-    row_keys: Tensor | None,
-    column_keys: Tensor | None,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    group_size: int,
-    over: str,
-    tile: list[int],
-    need: list[bool],
-) -> tuple[Tensor, Tensor]:
-    pairing = _cross_pairing(rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size)  # type: ignore[arg-type]
-    dx, dy = _tiles.rows_backward(
-        gradient, rows, columns, log_sum, pairing, _pair(tile), need_x=need[0], need_y=need[1]
-    )
-    return _or_empty(dx, rows), _or_empty(dy, columns)
-
-
-@_rows_op.register_fake
-def _(rows: Tensor, *_: Any) -> Tensor:
-    return rows.new_empty(rows.shape[0])
-
-
-@_rows_backward_op.register_fake
-def _(gradient: Tensor, rows: Tensor, columns: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    need = rest[-1]
-    return tuple(torch.empty_like(t) if n else t.new_empty(0) for t, n in zip((rows, columns), need, strict=True))  # type: ignore[return-value]
-
-
-def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.group_size, ctx.over, ctx.tile = inputs
-    ctx.save_for_backward(*tensors[:2], output, *tensors[2:])
-
-
-def _rows_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    need = list(ctx.needs_input_grad[:2])
-    dx, dy = _rows_backward_op(gradient, *ctx.saved_tensors, ctx.group_size, ctx.over, ctx.tile, need)
-    return dx if need[0] else None, dy if need[1] else None, *[None] * 7
-
-
-@torch.library.custom_op("cl_core::paired_log_sum_exp", mutates_args=())
-def _paired_op(
-    rows: Tensor, columns: Tensor, over: str, bound: float | None, tile: list[int]
-) -> tuple[Tensor, Tensor]:
-    pairing = Pairing(over, len(rows), len(columns), device=rows.device)  # type: ignore[arg-type]
-    if _tiles.safe(rows, columns, bound):
-        return _tiles.shared_forward(rows, columns, pairing, _pair(tile))
-    return (
-        _tiles.rows_forward(rows, columns, pairing, _pair(tile)),
-        _tiles.rows_forward(columns, rows, pairing.transposed(), _pair(tile)),
-    )
-
-
-@torch.library.custom_op("cl_core::paired_log_sum_exp_backward", mutates_args=())
-def _paired_backward_op(
-    row_gradient: Tensor,
-    column_gradient: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    row_log_sum: Tensor,
-    column_log_sum: Tensor,
-    over: str,
-    bound: float | None,
-    tile: list[int],
-) -> tuple[Tensor, Tensor]:
-    pairing = Pairing(over, len(rows), len(columns), device=rows.device)  # type: ignore[arg-type]
-    if _tiles.safe(rows, columns, bound):
-        return _tiles.shared_backward(
-            row_gradient, column_gradient, rows, columns, row_log_sum, column_log_sum, pairing, _pair(tile)
-        )
-    dx, dy = _tiles.rows_backward(row_gradient, rows, columns, row_log_sum, pairing, _pair(tile))
-    swapped = _tiles.rows_backward(
-        column_gradient, columns, rows, column_log_sum, pairing.transposed(), _pair(tile)
-    )
-    return dx + swapped[1], dy + swapped[0]  # type: ignore[operator]
-
-
-@_paired_op.register_fake
-def _(rows: Tensor, columns: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape[0]), columns.new_empty(columns.shape[0])
-
-
-@_paired_backward_op.register_fake
-def _(row_gradient: Tensor, column_gradient: Tensor, rows: Tensor, columns: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rows), torch.empty_like(columns)
-
-
-def _paired_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    rows, columns, *ctx.options = inputs
-    ctx.save_for_backward(rows, columns, *output)
-
-
-def _paired_backward(ctx: Any, row_gradient: Tensor, column_gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return *_paired_backward_op(row_gradient, column_gradient, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-def _no_second_derivative(*_: Any) -> None:
-    raise RuntimeError("the tiled form has no second derivative; pass impl='dense' to differentiate twice.")
-
-
-def _nothing(*_: Any, **__: Any) -> None: ...
-
-
-for _op, _setup, _backward in (
-    (_self_op, _self_setup, _self_backward),
-    (_rows_op, _rows_setup, _rows_backward),
-    (_paired_op, _paired_setup, _paired_backward),
-):
-    _op.register_autograd(_backward, setup_context=_setup)
-for _op in (_self_backward_op, _rows_backward_op, _paired_backward_op):
-    _op.register_autograd(_no_second_derivative, setup_context=_nothing)
-
-
-def _pair(tile: list[int]) -> tuple[int, int]:
-    return tile[0], tile[1]
-
-
-def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if gradient is None else gradient
-
-
 # ---- tiled: Python weights -------------------------------------------------------------------------------------------
 
 
@@ -611,7 +449,7 @@ class _WeightedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
-            _no_second_derivative()
+            _ops.no_second_derivative()
         rows, columns, result, *weights = ctx.saved_tensors
         row_index, column_index = _index_vectors(rows, columns)
         # The inputs of the function, cut from their history: its tile graphs end here and are freed tile by tile.
@@ -647,4 +485,12 @@ class _WeightedRows(torch.autograd.Function):
             weight_gradient=on_gradient if wanted else None,
         )
         of_weights = iter(totals)
-        return dx, dy, None, None, None, None, *(next(of_weights) if w.requires_grad else None for w in sources)
+        return (
+            dx,
+            dy,
+            None,
+            None,
+            None,
+            None,
+            *(next(of_weights) if w.requires_grad else None for w in sources),
+        )

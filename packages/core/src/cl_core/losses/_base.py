@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
+
+from cl_core import _checks
+
+_CHECKS = {
+    "temperature": lambda value: _checks.positive("temperature", value),
+    "reduction": _checks.reduction,
+    "impl": _checks.impl,
+}
 
 
 class ContrastiveLoss(nn.Module):
@@ -14,10 +24,24 @@ class ContrastiveLoss(nn.Module):
     :mod:`cl_core.testing` knows what to feed them.
     """
 
+    def __init__(self, **hyperparameters: Any) -> None:
+        super().__init__()
+        for name, value in hyperparameters.items():
+            _CHECKS.get(name, lambda _: None)(value)
+            setattr(self, name, value)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The constructor's arguments as they stand now: what the functional form is called with."""
+        return {name: getattr(self, name) for name in _constructor_arguments(type(self))}
+
     def extra_repr(self) -> str:
-        """Show the constructor's arguments as stored."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        """Show the hyper-parameters."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
+
+
+@cache
+def _constructor_arguments(cls: type[ContrastiveLoss]) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls).parameters)
 
 
 class TwoViewLoss(ContrastiveLoss):

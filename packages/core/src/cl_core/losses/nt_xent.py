@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_core import _checks
 from cl_core._types import Group, Impl, Reduction
 from cl_core.losses._base import TwoViewLoss
-from cl_core.losses._common import reduce, view_terms
+from cl_core.losses._common import reduce_views, view_terms
 
 
 def nt_xent_loss(
@@ -55,11 +55,9 @@ def nt_xent_loss(
     arXiv 2002.05709. With V > 2 views other positives are left out of the denominator, as in the per-pair definition.
     """
     _checks.reduction(reduction)
-    terms = view_terms(
-        as_views(z1, z2), temperature=temperature, normalize=normalize, group=group, impl=impl
-    )
-    values = F.softplus(terms.log_negatives[:, :, None] - terms.positives, threshold=60).mean(2)
-    return reduce(values.t().flatten(), reduction, split=terms.shard)
+    terms = view_terms(as_views(z1, z2), temperature=temperature, normalize=normalize, group=group, impl=impl)
+    values = F.softplus(terms.log_negatives - terms.positives, threshold=60)
+    return reduce_views(values, reduction, terms.shard)
 
 
 def as_views(z1: Tensor | Sequence[Tensor], z2: Tensor | None) -> Sequence[Tensor]:
@@ -93,21 +91,10 @@ class NTXentLoss(TwoViewLoss):
         group: Group = None,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__()
-        _checks.positive("temperature", temperature)
-        _checks.reduction(reduction)
-        _checks.impl(impl)
-        self.temperature, self.normalize, self.reduction = temperature, normalize, reduction
-        self.group, self.impl = group, impl
+        super().__init__(
+            temperature=temperature, normalize=normalize, reduction=reduction, group=group, impl=impl
+        )
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Loss of two views, each of shape (N, D)."""
-        return nt_xent_loss(
-            z1,
-            z2,
-            temperature=self.temperature,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            group=self.group,
-            impl=self.impl,
-        )
+        return nt_xent_loss(z1, z2, **self.hyperparameters())

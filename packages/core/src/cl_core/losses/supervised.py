@@ -1,0 +1,248 @@
+"""Supervised contrastive loss: rows of equal label are positives, in its three published forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_core import _checks, similarity
+from cl_core._types import Group, Impl, Reduction
+from cl_core.distributed import Shard, shard
+from cl_core.losses._base import LabelledLoss
+from cl_core.losses._common import check_rows, inverse, reduce, root_scale
+
+Form: TypeAlias = Literal["out", "in", "pair"]
+"""Where the positives stand: outside the logarithm, inside it, or each pair on its own."""
+
+
+def sup_con_loss(
+    z: Tensor,
+    labels: Tensor,
+    *,
+    form: Form = "out",
+    base_temperature: float | None = None,
+    ref: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    group: Group = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    r"""Supervised contrastive loss over rows of equal label; several views are rows with repeated labels.
+
+    With u = z / |z|, s_ij = u_i . u_j / T, P(i) the other rows of i's label, N(i) the rows of other labels:
+
+        out    l_i  = -1/|P(i)| sum_{p in P(i)} s_ip + log sum_{j != i} exp(s_ij)
+        in     l_i  = -log( sum_{p in P(i)} exp(s_ip) / sum_{j != i} exp(s_ij) )
+        pair   l_ip = -log( exp(s_ip) / (exp(s_ip) + sum_{j in N(i)} exp(s_ij)) )
+
+    Rows without a positive do not count (they still serve as negatives). For four rows with labels (0, 0, 1, 2) the
+    anchors that count are rows 0 and 1; "out" averages l_0 = -s_01 + log(e^s_01 + e^s_02 + e^s_03) and l_1.
+
+    Args:
+        z: embeddings, shape (N, D).
+        labels: integers, shape (N,).
+        form: "out", "in" or "pair".
+        base_temperature: T_b; multiplies the loss by T / T_b as the authors' code does (0.07 there). None: by 1.
+        ref: rows to compare with instead of z itself (a memory), shape (M, D), the same on all ranks.
+        ref_labels: integers, shape (M,).
+        temperature: T > 0; a 0-d tensor receives a gradient.
+        normalize: scale rows to unit length first.
+        reduction: "mean" over the anchors with a positive ("pair": over the positive pairs), "sum", or "none" for
+            shape (N,), zero for anchors without a positive ("pair": an anchor's sum over its pairs).
+        group: process group whose other rows are compared with; None keeps the loss local.
+        impl: "dense", "tiled" or "auto".
+
+    Returns:
+        Scalar, or shape (N,) for reduction="none". float32 for half inputs. Zero, attached to the graph, if no row
+        has a positive.
+
+    Raises:
+        ValueError: if labels do not fit z, only one of ref and ref_labels is given, or T <= 0.
+
+    Cost: "out": O(N^2 D) time as NT-Xent (positives by class sums, O(N D)). The others add the pairs of equal label.
+    O(N D) memory beyond a few thousand rows.
+    Reference: Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, arXiv 2004.11362 ("out" and "in"). The
+    authors' code gives nan for a row without a positive; here it does not count.
+    """
+    _checks.reduction(reduction)
+    _checks.choice("form", form, get_args(Form))
+    _checks.impl(impl)
+    check_rows(group, z=z)
+    _checks.labels("labels", labels, rows=z.shape[0], of="z", device=z.device)
+    _checks.positive("temperature", temperature)
+    if base_temperature is not None:
+        _checks.positive("base_temperature", base_temperature)
+    comparison = _compare(z, labels, ref, ref_labels, temperature, normalize, group, impl)
+    count = comparison.positive_count()
+    valid = count > 0
+    if form == "out":
+        values = comparison.log_sum("others") - comparison.positive_sum() / count.clamp_min(1)
+    elif form == "in":
+        log_positives = comparison.log_sum("same").masked_fill(~valid, 0)
+        values = F.softplus(comparison.log_sum("different") - log_positives, threshold=60)
+    else:
+        values = comparison.pair_sum(comparison.log_sum("different"))
+    result = reduce(values, reduction, split=comparison.split, valid=valid, weight=count if form == "pair" else None)
+    return result if base_temperature is None else result * (temperature / base_temperature)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Anchors, what they are compared with, and the labels of both as ranks 0, 1, ...; ids tell a row from itself."""
+
+    rows: Tensor
+    columns: Tensor
+    row_labels: Tensor
+    column_labels: Tensor
+    row_ids: Tensor | None
+    column_ids: Tensor | None
+    split: Shard
+    bound: float | None
+    impl: Impl
+
+    def log_sum(self, over: Literal["others", "same", "different"]) -> Tensor:
+        """Log-sum-exp of an anchor's logits with all other columns, or those of its label, or of other labels."""
+        if self.columns is self.rows:
+            keys = None if over == "others" else self.row_labels
+            return similarity.self_log_sum_exp(
+                self.rows,
+                keys=keys,
+                over="same" if over == "same" else "different",
+                bound=self.bound,
+                impl=self.impl,
+            )
+        if over == "others" and self.row_ids is None:
+            return similarity.cross_log_sum_exp(self.rows, self.columns, impl=self.impl)
+        if over == "others":
+            return similarity.cross_log_sum_exp(
+                self.rows,
+                self.columns,
+                row_keys=self.row_ids,
+                column_keys=self.column_ids,
+                over="different",
+                impl=self.impl,
+            )
+        return similarity.cross_log_sum_exp(self.rows, self.columns, over=over, impl=self.impl, **self._keys())
+
+    def pair_sum(self, offset: Tensor) -> Tensor:
+        """Sum over an anchor's positives of softplus(offset - logit)."""
+        return similarity.softplus_sum(
+            -self.rows, self.columns, offset, over="same", impl=self.impl, **self._keys()
+        )
+
+    def positive_count(self) -> Tensor:
+        """Number of positives of each anchor."""
+        ones = torch.ones_like(self.column_labels)
+        counts = ones.new_zeros(self._classes()).index_add(0, self.column_labels, ones)
+        return counts[self.row_labels] - int(self.row_ids is not None)
+
+    def positive_sum(self) -> Tensor:
+        """Sum of an anchor's logits with its positives: one product with the sum of its class."""
+        sums = self.columns.new_zeros(self._classes(), self.columns.shape[1])
+        sums = sums.index_add(0, self.column_labels, self.columns)
+        total = torch.linalg.vecdot(self.rows, sums.index_select(0, self.row_labels))
+        return total if self.row_ids is None else total - torch.linalg.vecdot(self.rows, self.rows)
+
+    def _keys(self) -> dict[str, Tensor | None]:
+        return {
+            "row_keys": self.row_labels,
+            "column_keys": self.column_labels,
+            "row_ids": self.row_ids,
+            "column_ids": self.column_ids,
+        }
+
+    def _classes(self) -> int:
+        """Number of classes, or an upper bound where counting them would stall or break a graph."""
+        if torch.compiler.is_compiling() or self.rows.device.type != "cpu":
+            return len(self.row_labels) + len(self.column_labels)
+        return 1 + max((int(t.max()) for t in (self.row_labels, self.column_labels) if len(t)), default=0)
+
+
+def _compare(
+    z: Tensor,
+    labels: Tensor,
+    ref: Tensor | None,
+    ref_labels: Tensor | None,
+    temperature: float | Tensor,
+    normalize: bool,
+    group: Group,
+    impl: Impl,
+) -> _Comparison:
+    bound = similarity.logit_bound(temperature, normalize)
+    split = shard(z, group)
+    labels = labels.long()
+    if ref is not None or ref_labels is not None:
+        if ref is None or ref_labels is None:
+            raise ValueError("ref and ref_labels must be given together, got only one of them.")
+        _checks.embeddings("ref", ref)
+        _checks.same_width(z=z, ref=ref)
+        _checks.labels("ref_labels", ref_labels, rows=ref.shape[0], of="ref", device=ref.device)
+        ranks = _dense_ranks(torch.cat([labels, ref_labels.long()]))
+        rows = similarity.scaled_rows(z, scale=inverse(temperature), normalize=normalize)
+        columns = similarity.scaled_rows(ref, normalize=normalize)
+        row_labels, column_labels = ranks[: len(labels)], ranks[len(labels) :]
+        return _Comparison(rows, columns, row_labels, column_labels, None, None, split, bound, impl)
+    rows = similarity.scaled_rows(z, scale=root_scale(temperature), normalize=normalize)
+    columns = split.gather(rows)
+    column_labels = _dense_ranks(split.gather(labels))
+    own = slice(split.offset, split.offset + len(labels))
+    ids = torch.arange(len(columns), device=rows.device)
+    return _Comparison(
+        rows, columns, column_labels[own], column_labels, ids[own], ids, split, bound, impl
+    )
+
+
+def _dense_ranks(labels: Tensor) -> Tensor:
+    """Labels renumbered 0, 1, ... in ascending order, by operations whose shapes do not depend on the values."""
+    ordered, order = labels.sort()
+    steps = torch.zeros_like(ordered)
+    steps[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(labels).index_copy(0, order, steps.cumsum(0))
+
+
+class SupConLoss(LabelledLoss):
+    """Module form of :func:`sup_con_loss`.
+
+    Args:
+        temperature: T > 0.
+        form: "out", "in" or "pair".
+        base_temperature: T_b; multiplies the loss by T / T_b. None: by 1.
+        normalize: scale rows to unit length first.
+        reduction: "mean", "sum" or "none".
+        group: process group whose other rows are compared with: None, "world" or a process group.
+        impl: "dense", "tiled" or "auto".
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        form: Form = "out",
+        base_temperature: float | None = None,
+        normalize: bool = True,
+        reduction: Reduction = "mean",
+        group: Group = None,
+        impl: Impl = "auto",
+    ) -> None:
+        _checks.choice("form", form, get_args(Form))
+        if base_temperature is not None:
+            _checks.positive("base_temperature", base_temperature)
+        super().__init__(
+            temperature=temperature,
+            form=form,
+            base_temperature=base_temperature,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+            impl=impl,
+        )
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Loss of embeddings (N, D) with integer labels (N,)."""
+        return sup_con_loss(z, labels, **self.hyperparameters())
