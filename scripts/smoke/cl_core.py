@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import warnings
 
 import torch
 
@@ -12,6 +13,9 @@ for absent in ("numpy", "lightning", "jsonargparse", "torchvision", "cl_vision")
     assert importlib.util.find_spec(absent) is None, (
         f"{absent} is installed; this environment proves nothing."
     )
+
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's own word at its first custom op
 
 generator = torch.Generator().manual_seed(0)
 z1, z2 = (torch.randn(256, 32, generator=generator, requires_grad=True) for _ in range(2))
