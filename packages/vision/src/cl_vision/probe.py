@@ -99,7 +99,7 @@ def probe_folder(
         knn_accuracy=knn_accuracy(*train, *testing, k=k, temperature=temperature),
         linear_accuracy=probe.accuracy(*testing),
         regularization=probe.regularization,
-        class_names=data.class_names,
+        class_names=data.class_names or [],
         test_images=len(testing[1]),
     )
 

@@ -56,7 +56,7 @@ class ViewTransform:
             seed: from :func:`view_seed`; the same seed gives the same view.
 
         Returns:
-            The view, for this package's transforms float32 in [0, 1] of shape (C, size, size).
+            The view, for this package's transforms float32 (C, size, size) in [0, 1] up to rounding.
         """
         if not isinstance(image, Tensor) or image.ndim != 3:
             raise TypeError(f"image must be a tensor of shape (C, H, W), got {_describe(image)}.")

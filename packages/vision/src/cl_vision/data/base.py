@@ -6,18 +6,14 @@ import os
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
-from cl_core.training.data import Data
 from torch import Tensor
 
 from cl_core import _checks
+from cl_core.training.data import SPLITS, Data, Split
 from cl_vision.data.views import Images, PlainDataset, ViewDataset, Views, collate_views
 from cl_vision.transforms import EvaluationTransform, SimCLRTransform, ViewTransform
-
-Split: TypeAlias = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def data_root(root: str | Path | None) -> Path:
@@ -94,7 +90,6 @@ class ImageData(Data):
         self.validation, self.test, self.split_seed = validation, test, split_seed
         self.transform = self.default_transform() if transform is None else transform
         self.evaluation_transform = EvaluationTransform(image_size, self.mean, self.std)
-        self.seed = 0
 
     @abstractmethod
     def read(self) -> dict[Split, Images]:
@@ -126,10 +121,6 @@ class ImageData(Data):
         """Whether any image has a label."""
         return bool((self.splits["train"][0].labels >= 0).any())
 
-    def set_seed(self, seed: int) -> None:
-        """Set the run seed, from which all views derive."""
-        self.seed = seed
-
     def train_dataset(self) -> ViewDataset:
         """Random views of the training images."""
         images, rows = self.splits["train"]
@@ -150,16 +141,16 @@ class ImageData(Data):
             rows = rows[images.labels[rows] >= 0]
         return PlainDataset(images, self.evaluation_transform, rows=rows)
 
-    def collate(self, samples: list[Views]) -> Views:
+    def collate(self, items: list[Views]) -> Views:
         """Stack training samples to a batch."""
-        return collate_views(samples)
+        return collate_views(items)
 
     @property
     @abstractmethod
-    def class_names(self) -> list[str]:
-        """Name of each class, in the order of the labels; empty where images have no labels."""
+    def class_names(self) -> list[str] | None:
+        """Name of each class, in the order of the labels, or None where images have no labels."""
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 where images have no labels."""
-        return len(self.class_names)
+    def num_classes(self) -> int | None:
+        """Number of classes, or None where images have no labels."""
+        return None if self.class_names is None else len(self.class_names)

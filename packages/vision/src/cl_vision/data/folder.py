@@ -101,21 +101,21 @@ class ImageFolder(ImageData):
     def read(self) -> dict[Split, Images]:
         """The files of each split that has a folder, else all as training images."""
         folders = self._split_folders()
-        names = self.class_names
+        names = self.class_names or []
         return {split: self._files(folder, names) for split, folder in folders.items()}
 
     @property
-    def class_names(self) -> list[str]:
-        """Names of the class folders, sorted; empty where there are none."""
+    def class_names(self) -> list[str] | None:
+        """Names of the class folders, sorted, or None where there are none."""
         if self.labels is False:
-            return []
+            return None
         folder = self._split_folders()["train"]
         names = sorted(path.name for path in folder.iterdir() if _visible(path) and path.is_dir())
         if self.labels is None and any(_is_image(path) for path in folder.iterdir()):
-            return []
+            return None
         if self.labels and not names:
             raise ValueError(f"{folder} has no class folders; expected {folder.name}/CLASS/*.jpg.")
-        return names
+        return names or None
 
     def _split_folders(self) -> dict[Split, Path]:
         if not self.root.is_dir():

@@ -79,7 +79,7 @@ class PackedCIFAR10(ImageData):
         """Training and test images, decoded."""
         path = self._file()
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 self._names = [str(name) for name in arrays["class_names"]]
                 return {
                     "train": self._decode(arrays, "train", self.train_size),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cl_core.losses._base import TwoViewLoss
+from cl_core.losses import TwoViewLoss
 from cl_core.method import Method
 from cl_vision.encoders import Encoder
 from cl_vision.projectors import MLPProjector, Projector
@@ -48,12 +48,15 @@ class SimCLR(Method):
         self.encoder, self.criterion, self.projector = encoder, loss, projector
 
     def loss(self, batch: Views) -> Tensor:
-        """Loss of the views of one batch, a scalar."""
+        """Loss of two views, or of more where the criterion takes a sequence of them; a scalar."""
         if len(batch.views) < 2:
             raise ValueError(
                 f"SimCLR compares views, so a batch needs at least 2 of them, got {len(batch.views)}."
             )
-        return self.criterion(*(self.project(view) for view in batch.views))
+        projections = [self.project(view) for view in batch.views]
+        if len(projections) == 2:
+            return self.criterion(*projections)
+        return self.criterion(projections)
 
     def project(self, images: Tensor) -> Tensor:
         """What the loss sees of images (N, C, H, W), shape (N, projector.out_dim)."""

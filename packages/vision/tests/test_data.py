@@ -1,0 +1,456 @@
+import gzip
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets
+
+from cl_vision.data import (
+    CIFAR10,
+    CIFAR100,
+    STL10,
+    Digits,
+    FashionMNIST,
+    ImageArray,
+    PackedCIFAR10,
+    PlainDataset,
+    ViewDataset,
+    Views,
+    collate_views,
+    stratified_split,
+)
+from cl_vision.transforms import SimCLRTransform, SmallGrayTransform
+
+CL_DATA = os.environ.get("CL_DATA")
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (12, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return ImageArray(pixels, torch.arange(12) % 3)
+
+
+# Views
+
+
+def same_views(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+
+
+def test_views_depend_on_seed_epoch_row_and_view_only(images):
+    transform = SimCLRTransform(12)
+    data = ViewDataset(images, transform, seed=3)
+    first = data[5]
+    assert not torch.equal(*first.views)
+    assert (first.labels, first.index) == (5 % 3, 5)
+    assert same_views(first, ViewDataset(images, transform, seed=3)[5])
+    assert not same_views(first, ViewDataset(images, transform, seed=4)[5])
+    data.set_epoch(1)
+    assert not same_views(first, data[5])
+    data.set_epoch(0)
+    assert same_views(first, data[5])
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_give_the_views_of_the_main_process(images, persistent):
+    data = ViewDataset(images, SimCLRTransform(12), seed=1)
+    loader = DataLoader(
+        data, batch_size=5, num_workers=1, persistent_workers=persistent, collate_fn=collate_views
+    )
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        for number, batch in enumerate(loader):
+            rows = range(5 * number, min(5 * number + 5, 12))
+            assert same_views(batch, collate_views([data[row] for row in rows]))
+            assert batch.index.tolist() == list(rows)
+
+
+def test_collate_and_subset(images):
+    data = ViewDataset(images, SimCLRTransform(12), rows=torch.tensor([7, 2, 9]), num_views=3)
+    batch = collate_views([data[0], data[2]])
+    assert isinstance(batch, Views)
+    assert [view.shape for view in batch.views] == [(2, 3, 12, 12)] * 3
+    assert batch.labels.tolist() == [7 % 3, 9 % 3]
+    assert batch.index.tolist() == [0, 2]
+    assert data.labels.tolist() == [7 % 3, 2 % 3, 9 % 3]
+
+
+def test_image_array_refuses_other_tensors():
+    with pytest.raises(ValueError, match="uint8 of shape"):
+        ImageArray(torch.zeros(2, 3, 8, 8), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"labels must have shape \(2,\), got \(3,\)"):
+        ImageArray(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(3))
+
+
+# Splits
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stratified_split(seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-1, 4, (203,), generator=generator)
+    kept, held = stratified_split(labels, 0.2, seed=seed)
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(203))
+    for label in range(4):
+        count = int((labels == label).sum())
+        assert int((labels[held] == label).sum()) == round(0.2 * count)
+    assert not (labels[held] == -1).any()
+    again = stratified_split(labels, 0.2, seed=seed)[1]
+    other = stratified_split(labels, 0.2, seed=seed + 1)[1]
+    assert torch.equal(held, again)
+    assert not torch.equal(held, other)
+
+
+def test_stratified_split_of_rare_classes():
+    kept, held = stratified_split(torch.tensor([0, 1, 1, 2, 2, 2]), 0.1, seed=0)
+    assert torch.tensor([0, 1, 1, 2, 2, 2])[held].tolist() == [1, 2]
+    assert len(kept) == 4
+    assert not len(stratified_split(torch.zeros(5), 0.0, seed=0)[1])
+
+
+def test_digits_splits_are_disjoint_stratified_and_fixed():
+    data = Digits()
+    rows = {split: rows for split, (_, rows) in data.splits.items()}
+    assert {split: len(part) for split, part in rows.items()} == {
+        "train": 1151,
+        "validation": 287,
+        "test": 359,
+    }
+    assert sorted(torch.cat(list(rows.values())).tolist()) == list(range(1797))
+    for split, fraction in (("test", 0.2), ("validation", 0.16), ("train", 0.64)):
+        counts = data.splits[split][0].labels[rows[split]].bincount()
+        everywhere = data.splits[split][0].labels.bincount()
+        assert (counts / everywhere - fraction).abs().max() < 0.01
+    other = Digits()
+    other.set_seed(5)
+    assert torch.equal(other.splits["test"][1], rows["test"])
+    assert not torch.equal(Digits(split_seed=1).splits["test"][1], rows["test"])
+
+
+def test_digits_train_and_evaluate():
+    data = Digits(image_size=12, batch_size=4)
+    data.set_seed(2)
+    train, test = data.train_dataset(), data.evaluation_dataset("test")
+    batch = data.collate([train[0], train[1]])
+    assert [view.shape for view in batch.views] == [(2, 1, 12, 12)] * 2
+    assert train.seed == 2
+    image, label = test[0]
+    assert image.shape == (1, 12, 12)
+    assert label == test.labels[0]
+    assert data.num_classes == len(data.class_names) == 10
+    pixels = torch.stack([data.evaluation_dataset("train")[row][0] for row in range(300)])
+    assert abs(pixels.mean()) < 0.1
+    assert abs(pixels.std() - 1) < 0.1
+
+
+def test_digits_refuse_bad_settings():
+    with pytest.raises(ValueError, match="image_size must be >= 8"):
+        Digits(image_size=7)
+    with pytest.raises(ValueError, match="split must be one of"):
+        Digits().evaluation_dataset("val")
+    with pytest.raises(ValueError, match=r"validation must be in \[0, 1\)"):
+        Digits(validation=1.0)
+
+
+def test_root_defaults_to_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("CL_DATA", str(tmp_path))
+    assert FashionMNIST().root == tmp_path
+    monkeypatch.delenv("CL_DATA")
+    assert FashionMNIST().root == Path("data")
+    assert FashionMNIST(root="elsewhere").root == Path("elsewhere")
+
+
+# Fashion-MNIST
+
+
+def idx(array):
+    header = bytes((0, 0, 8, array.ndim)) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """Function (folder, packed) that writes twenty and ten images in the true layout."""
+
+    def write(folder="FashionMNIST/raw", packed=False):
+        generator = np.random.default_rng(0)
+        raw = tmp_path / folder
+        raw.mkdir(parents=True)
+        for prefix, number in (("train", 20), ("t10k", 10)):
+            for name, array in (
+                ("images-idx3", generator.integers(0, 256, (number, 28, 28))),
+                ("labels-idx1", np.arange(number) % 10),
+            ):
+                content = idx(array)
+                path = raw / f"{prefix}-{name}-ubyte{'.gz' if packed else ''}"
+                path.write_bytes(gzip.compress(content) if packed else content)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("folder", ["FashionMNIST/raw", "fashion-mnist/FashionMNIST/raw"])
+def test_fashion_mnist_layouts(fashion, folder, packed):
+    root = fashion(folder, packed)
+    data = FashionMNIST(root=root, validation=0.5)
+    assert {split: len(rows) for split, (_, rows) in data.splits.items()} == {
+        "test": 10,
+        "validation": 10,
+        "train": 10,
+    }
+    expected = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 28, 28)))
+    assert torch.equal(data.splits["train"][0].images[:, 0].long(), expected)
+    assert isinstance(data.transform, SmallGrayTransform)
+    assert data.class_names[9] == "Ankle boot"
+
+
+def test_fashion_mnist_agrees_with_torchvision(fashion):
+    root = fashion()
+    theirs = datasets.FashionMNIST(root)
+    ours = FashionMNIST(root=root).splits["train"][0]
+    assert torch.equal(ours.images[:, 0], theirs.data)
+    assert torch.equal(ours.labels, theirs.targets)
+
+
+def test_broken_idx_files_are_named(fashion):
+    root = fashion()
+    path = root / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is not whole: it holds 15,675 values"):
+        FashionMNIST(root=root).splits  # noqa: B018
+    path.write_bytes(b"photographs")
+    with pytest.raises(ValueError, match="is not an idx file of unsigned bytes"):
+        FashionMNIST(root=root).splits  # noqa: B018
+    path.unlink()
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(whole)[:-20])
+    with pytest.raises(ValueError, match="is not a whole gzip file"):
+        FashionMNIST(root=root).splits  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (FashionMNIST, "FashionMNIST/raw/"),
+        (CIFAR10, "cifar-10-batches-py/"),
+        (CIFAR100, "cifar-100-python/"),
+        (STL10, "stl10_binary/"),
+        (PackedCIFAR10, "cifar10_jpeg.npz"),
+    ],
+)
+def test_missing_data_says_what_is_expected(kind, expected, tmp_path):
+    with pytest.raises(FileNotFoundError, match=expected) as caught:
+        kind(root=tmp_path).splits  # noqa: B018
+    assert str(tmp_path) in str(caught.value)
+    assert "--data.root" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# CIFAR and STL
+
+
+class Trap:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_foreign_pickles_are_never_opened(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    mark = tmp_path / "opened"
+    for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"]:
+        (folder / name).write_bytes(pickle.dumps(Trap(mark)))
+    with pytest.raises(ValueError, match="does not have torchvision's MD5 sums, so it was not opened"):
+        CIFAR10(root=tmp_path).splits  # noqa: B018
+    assert not mark.exists()
+    pickle.loads((folder / "test_batch").read_bytes())
+    assert mark.exists()
+
+
+def write_pickles(folder, files):
+    folder.mkdir()
+    sums = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    return sums
+
+
+@pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
+def test_cifar_reads_the_python_batches(kind, tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    key, reader = ("labels", datasets.CIFAR10) if kind is CIFAR10 else ("fine_labels", datasets.CIFAR100)
+    batches = {
+        name: {
+            "data": generator.integers(0, 256, (number, 3072), dtype=np.uint8),
+            key: list(np.arange(number) % 5),
+        }
+        for name, number in (("one", 20), ("two", 10))
+    }
+    names = ["apple", "bear", "cup", "dog", "elm"]
+    meta = {"label_names" if kind is CIFAR10 else "fine_label_names": names}
+    sums = write_pickles(tmp_path / reader.base_folder, {**batches, "names": meta})
+    monkeypatch.setattr(reader, "train_list", [["one", sums["one"]]])
+    monkeypatch.setattr(reader, "test_list", [["two", sums["two"]]])
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "filename": "names", "md5": sums["names"]})
+    data = kind(root=tmp_path, validation=0.25)
+    assert {split: len(rows) for split, (_, rows) in data.splits.items()} == {
+        "test": 10,
+        "validation": 5,
+        "train": 15,
+    }
+    stored = torch.from_numpy(batches["one"]["data"]).view(20, 3, 32, 32)
+    assert torch.equal(data.splits["train"][0].images, stored)
+    assert data.class_names == names
+    assert kind(root=tmp_path).num_classes == 5
+
+
+def test_stl10_trains_on_unlabelled_images_and_evaluates_labelled_ones(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    arrays = {
+        "train_X.bin": generator.integers(0, 256, (10, 3, 96, 96), dtype=np.uint8),
+        "train_y.bin": np.arange(10, dtype=np.uint8) % 5 + 1,
+        "unlabeled_X.bin": generator.integers(0, 256, (7, 3, 96, 96), dtype=np.uint8),
+        "test_X.bin": generator.integers(0, 256, (5, 3, 96, 96), dtype=np.uint8),
+        "test_y.bin": np.arange(5, dtype=np.uint8) + 1,
+    }
+    sums = {}
+    for name, array in arrays.items():
+        (folder / name).write_bytes(array.tobytes())
+        sums[name] = hashlib.md5(array.tobytes()).hexdigest()
+    train = ["train_X.bin", "train_y.bin", "unlabeled_X.bin"]
+    monkeypatch.setattr(datasets.STL10, "train_list", [[name, sums[name]] for name in train])
+    monkeypatch.setattr(
+        datasets.STL10, "test_list", [[name, sums[name]] for name in ("test_X.bin", "test_y.bin")]
+    )
+    data = STL10(root=tmp_path, validation=0.5, image_size=32)
+    assert len(data.train_dataset()) == 5 + 7
+    assert sorted(data.evaluation_dataset("train").labels.tolist()) == list(range(5))
+    assert sorted(data.evaluation_dataset("validation").labels.tolist()) == list(range(5))
+    assert len(data.evaluation_dataset("test")) == 5
+    image = data.splits["train"][0].images[0]
+    # STL-10 stores its images column by column.
+    assert torch.equal(image, torch.from_numpy(arrays["train_X.bin"][0]).transpose(1, 2))
+    assert len(STL10(root=tmp_path, unlabelled=False).splits["train"][0]) == 10
+    (folder / "test_y.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="stl10_binary is incomplete"):
+        STL10(root=tmp_path).splits  # noqa: B018
+
+
+# Packed CIFAR-10
+
+
+def jpeg(pixels):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="JPEG", quality=95)
+    return np.frombuffer(stream.getvalue(), dtype=np.uint8)
+
+
+@pytest.fixture
+def packed():
+    """Arrays of a packed set of 40 and 20 plain images, with the colour telling the class."""
+    arrays = {"class_names": np.array([f"class {label}" for label in range(10)])}
+    for split, number in (("train", 40), ("test", 20)):
+        labels = (np.arange(number) % 10).astype(np.uint8)
+        streams = [jpeg(np.full((32, 32, 3), 20 * label, dtype=np.uint8)) for label in labels]
+        arrays[f"{split}_jpeg"] = np.concatenate(streams)
+        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, streams)])
+        arrays[f"{split}_labels"] = labels
+    return arrays
+
+
+@pytest.mark.parametrize("place", ["cifar10_jpeg.npz", "cifar10-jpeg/cifar10_jpeg.npz"])
+def test_packed_cifar_decodes(packed, place, tmp_path):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    np.savez(tmp_path / place, **packed)
+    data = PackedCIFAR10(root=tmp_path, validation=0.25)
+    assert {split: len(rows) for split, (_, rows) in data.splits.items()} == {
+        "test": 20,
+        "validation": 10,
+        "train": 30,
+    }
+    train = data.splits["train"][0]
+    assert train.images.shape == (40, 3, 32, 32)
+    assert (train.images.float().mean(dim=(1, 2, 3)) - 20 * train.labels).abs().max() < 2
+    assert data.class_names[3] == "class 3"
+    short = PackedCIFAR10(root=tmp_path, train_size=20, test_size=10)
+    assert len(short.splits["train"][0]) == 20
+    assert len(short.evaluation_dataset("test")) == 10
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "missing", "offsets", "stream"])
+def test_damaged_packed_files_are_named(packed, damage, tmp_path):
+    path = tmp_path / "cifar10_jpeg.npz"
+    if damage == "missing":
+        del packed["test_labels"]
+    if damage == "offsets":
+        packed["train_offsets"] = packed["train_offsets"][:-1]
+    if damage == "stream":
+        packed["train_jpeg"] = packed["train_jpeg"] * 0
+    np.savez(path, **packed)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    if damage == "text":
+        path.write_bytes(b"photographs")
+    with pytest.raises(ValueError, match=r"cifar10_jpeg.npz is not a whole packed CIFAR-10 \(") as caught:
+        PackedCIFAR10(root=tmp_path).splits  # noqa: B018
+    assert "\n" not in str(caught.value)
+
+
+def test_packed_cifar_never_unpickles(packed, tmp_path):
+    mark = tmp_path / "opened"
+    packed["class_names"] = np.array([Trap(mark)], dtype=object)
+    np.savez(tmp_path / "cifar10_jpeg.npz", **packed)
+    with pytest.raises(ValueError, match="not a whole packed CIFAR-10"):
+        PackedCIFAR10(root=tmp_path).splits  # noqa: B018
+    assert not mark.exists()
+
+
+@pytest.mark.skipif(
+    not CL_DATA or not Path(CL_DATA, "cifar10-jpeg").is_dir(), reason="needs $CL_DATA/cifar10-jpeg"
+)
+def test_packed_cifar_of_the_shared_data():
+    data = PackedCIFAR10(train_size=2000, test_size=500)
+    images = data.splits["train"][0].images.float() / 255
+    assert data.class_names[0] == "airplane"
+    assert data.splits["train"][0].labels.bincount().tolist() == [200] * 10
+    assert (images.mean(dim=(0, 2, 3)) - torch.tensor(PackedCIFAR10.mean)).abs().max() < 0.02
+    assert (images.std(dim=(0, 2, 3)) - torch.tensor(PackedCIFAR10.std)).abs().max() < 0.02
+
+
+@pytest.mark.skipif(
+    not CL_DATA or not Path(CL_DATA, "fashion-mnist").is_dir(), reason="needs $CL_DATA/fashion-mnist"
+)
+def test_fashion_mnist_of_the_shared_data():
+    data = FashionMNIST()
+    assert {split: len(rows) for split, (_, rows) in data.splits.items()} == {
+        "test": 10_000,
+        "validation": 6_000,
+        "train": 54_000,
+    }
+    images = data.splits["train"][0].images.float() / 255
+    assert abs(images.mean() - FashionMNIST.mean[0]) < 1e-3
+    assert abs(images.std() - FashionMNIST.std[0]) < 1e-3
+
+
+def test_plain_dataset_is_deterministic(images):
+    data = PlainDataset(images, lambda image: image.float(), rows=torch.tensor([4, 1]))
+    assert torch.equal(data[0][0], images[4].float())
+    assert data[1][1] == 1
+    assert len(data) == 2

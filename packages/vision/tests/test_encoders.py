@@ -1,0 +1,129 @@
+import pytest
+import torch
+
+from cl_vision.encoders import ResNet, SmallConvNet, TorchvisionEncoder
+
+
+def gradient_reaches_every_parameter(encoder, images):
+    features = encoder(images)
+    (features * torch.randn_like(features)).sum().backward()
+    return all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (1, 28), (3, 32), (3, 33)])
+def test_small_conv_net_maps_images_to_rows(norm, channels, side):
+    torch.manual_seed(0)
+    encoder = SmallConvNet(width=6, in_channels=channels, norm=norm)
+    images = torch.randn(5, channels, side, side)
+    assert encoder.dim == 48
+    assert encoder(images).shape == (5, 48)
+    assert gradient_reaches_every_parameter(encoder, images)
+
+
+def test_small_conv_net_has_the_documented_size():
+    assert 0.38e6 < sum(p.numel() for p in SmallConvNet(32).parameters()) < 0.42e6
+
+
+@pytest.mark.parametrize(
+    "encoder", [SmallConvNet(4, norm="group"), ResNet(18, norm="group")], ids=["small", "resnet"]
+)
+def test_group_norm_keeps_rows_apart(encoder):
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(encoder(images)[:1], encoder(images[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_couples_rows_in_training_only():
+    encoder = SmallConvNet(4)
+    images = torch.randn(3, 3, 32, 32)
+    assert not torch.allclose(encoder(images)[:1], encoder(images[:1]), atol=1e-3)
+    encoder.eval()
+    torch.testing.assert_close(encoder(images)[:1], encoder(images[:1]))
+
+
+@pytest.mark.parametrize(("depth", "dim"), [(18, 512), (34, 512), (50, 2048)])
+def test_resnet_depths(depth, dim):
+    encoder = ResNet(depth).eval()
+    assert encoder.dim == dim
+    with torch.no_grad():
+        assert encoder(torch.randn(1, 3, 32, 32)).shape == (1, dim)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cifar_stem_keeps_the_resolution(channels):
+    seen = {}
+    for stem in ("cifar", "imagenet"):
+        encoder = ResNet(18, stem=stem, in_channels=channels)
+        encoder.network.layer1.register_forward_pre_hook(
+            lambda _, inputs, stem=stem: seen.update({stem: inputs[0]})
+        )
+        encoder(torch.randn(2, channels, 32, 32))
+    assert seen["cifar"].shape[2:] == (32, 32)
+    assert seen["imagenet"].shape[2:] == (8, 8)
+
+
+def test_resnet_trains_every_parameter():
+    torch.manual_seed(0)
+    assert gradient_reaches_every_parameter(ResNet(18), torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "side"),
+    [
+        ("mobilenet_v3_small", 1024, 64),
+        ("shufflenet_v2_x0_5", 1024, 64),
+        ("resnet18", 512, 64),
+        ("vit_b_32", 768, 224),
+    ],
+)
+def test_torchvision_models_lose_their_classifier(name, dim, side):
+    encoder = TorchvisionEncoder(name).eval()
+    assert encoder.dim == dim
+    with torch.no_grad():
+        assert encoder(torch.randn(1, 3, side, side)).shape == (1, dim)
+
+
+def test_torchvision_weights_are_loaded_without_code(monkeypatch):
+    import torchvision
+
+    donor = torchvision.models.shufflenet_v2_x0_5()
+    asked = {}
+
+    def state_dict(self, *args, **options):
+        asked.update(options)
+        return donor.state_dict()
+
+    monkeypatch.setattr(torchvision.models.ShuffleNet_V2_X0_5_Weights, "get_state_dict", state_dict)
+    encoder = TorchvisionEncoder("shufflenet_v2_x0_5", weights="DEFAULT")
+    assert asked["check_hash"] is True
+    assert asked["weights_only"] is True
+    torch.testing.assert_close(encoder.network.conv5[0].weight, donor.conv5[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: TorchvisionEncoder("resnet81"),
+            r"no torchvision classifier 'resnet81'; did you mean .*'resnet18'",
+        ),
+        (lambda: TorchvisionEncoder("shufflenet_v2_x0_5", weights="DEFALT"), "did you mean 'DEFAULT'"),
+        (lambda: TorchvisionEncoder("squeezenet1_1"), "does not end in one linear layer"),
+        (lambda: TorchvisionEncoder("googlenet"), "auxiliary classifiers"),
+        (lambda: ResNet(19), "depth must be one of 18, 34, 50, got 19"),
+        (lambda: ResNet(18, stem="small"), "stem must be one of 'cifar', 'imagenet', got 'small'"),
+        (lambda: SmallConvNet(0), "width must be an integer >= 1, got 0"),
+        (lambda: SmallConvNet(8, norm="none"), "norm must be one of 'batch', 'group'"),
+        (lambda: SmallConvNet(8)(torch.randn(2, 1, 8, 8)), r"images must have shape \(N, 3, H, W\)"),
+        (lambda: SmallConvNet(8)(torch.randn(2, 3, 7, 8)), "H, W >= 8"),
+    ],
+)
+def test_bad_input_gets_one_sentence(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_raw_bytes_are_refused():
+    with pytest.raises(TypeError, match="scaled, not raw bytes"):
+        SmallConvNet(8)(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -1,0 +1,130 @@
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from cl_vision import figures
+
+
+def opened(path):
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def colours_of(pixels):
+    return {tuple(pixel) for pixel in pixels.reshape(-1, 3).tolist()}
+
+
+def rgb(colour):
+    return tuple(int(colour[at : at + 2], 16) for at in (1, 3, 5))
+
+
+@pytest.fixture
+def blobs():
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    return np.eye(5)[labels] + 0.1 * generator.standard_normal((60, 5)), labels
+
+
+def test_curves(tmp_path):
+    steps = np.arange(50)
+    path = figures.plot_curves(
+        tmp_path / "new" / "curves.png",
+        loss={"training": (steps, 1 / (steps + 1))},
+        accuracy={"kNN": (steps[::10], steps[::10] / 50)},
+        baselines={"raw pixels": 0.9},
+    )
+    pixels = opened(path)
+    assert pixels.shape[1] > 1.5 * pixels.shape[0]
+    assert rgb(figures.COLOURS[0]) in colours_of(pixels)
+    alone = opened(figures.plot_curves(tmp_path / "loss.png", loss={"training": (steps, steps)}))
+    assert alone.shape[1] < 0.6 * pixels.shape[1]
+
+
+@pytest.mark.parametrize("projection", ["tsne", "pca"])
+def test_embedding_map(tmp_path, blobs, projection):
+    path = figures.plot_embedding_map(
+        tmp_path / "map.png", *blobs, class_names=["ant", "bee", "cat"], projection=projection
+    )
+    first = opened(path)
+    again = opened(
+        figures.plot_embedding_map(path, *blobs, class_names=["ant", "bee", "cat"], projection=projection)
+    )
+    assert np.array_equal(first, again)
+    permuted = opened(figures.plot_embedding_map(path, blobs[0], blobs[1][::-1], projection=projection))
+    assert not np.array_equal(first, permuted)
+
+
+def test_embedding_map_of_unlabelled_rows(tmp_path, blobs):
+    opened(figures.plot_embedding_map(tmp_path / "map.png", blobs[0], np.full(60, -1), projection="pca"))
+
+
+def test_large_maps_use_evenly_spaced_rows(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        figures, "_project", lambda rows, *_: (seen.append(len(rows)), (rows[:, :2], ("a", "b")))[1]
+    )
+    rows = np.random.default_rng(0).standard_normal((5000, 4))
+    figures.plot_embedding_map(tmp_path / "map.png", rows, np.zeros(5000))
+    figures.plot_embedding_map(tmp_path / "map.png", rows, np.zeros(5000), projection="pca")
+    assert seen == [2000, 5000]
+
+
+def test_similarities(tmp_path):
+    generator = np.random.default_rng(0)
+    steps = list(range(0, 300, 10))
+    samples = [np.tanh(generator.standard_normal(200) + step / 100) for step in steps]
+    path = figures.plot_similarities(
+        tmp_path / "s.png", steps=steps, positive=samples, negative=samples[::-1]
+    )
+    few = figures.plot_similarities(
+        tmp_path / "f.png", steps=steps[:2], positive=samples[:2], negative=samples[:2]
+    )
+    assert opened(path).shape[0] > opened(few).shape[0]
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    figures.plot_curves(path, loss={"training": ([0, 1], [2, 1])})
+    before = path.read_bytes()
+
+    def fail(self, file, **options):
+        file.write(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="No space left"):
+        figures.plot_curves(path, loss={"training": ([0, 1], [5, 4])})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_global_state_of_matplotlib_is_untouched(tmp_path, blobs):
+    import matplotlib.pyplot as plt
+
+    before, backend = dict(matplotlib.rcParams), matplotlib.get_backend()
+    figures.plot_embedding_map(tmp_path / "map.png", *blobs, projection="pca")
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+    assert matplotlib.get_backend() == backend
+
+
+def test_bad_input_gets_one_sentence(tmp_path, blobs):
+    path = tmp_path / "x.png"
+    with pytest.raises(ValueError, match="loss must hold at least one curve"):
+        figures.plot_curves(path, loss={})
+    with pytest.raises(ValueError, match="curve 'training' has 2 steps and 1 values"):
+        figures.plot_curves(path, loss={"training": ([0, 1], [2])})
+    with pytest.raises(ValueError, match="N >= 3 and D >= 2"):
+        figures.plot_embedding_map(path, np.zeros((2, 5)), np.zeros(2))
+    with pytest.raises(ValueError, match=r"labels must have shape \(60,\), got \(59,\)"):
+        figures.plot_embedding_map(path, blobs[0], blobs[1][1:])
+    with pytest.raises(ValueError, match="must be finite"):
+        figures.plot_embedding_map(path, blobs[0] * np.nan, blobs[1])
+    with pytest.raises(ValueError, match="projection must be one of"):
+        figures.plot_embedding_map(path, *blobs, projection="umap")
+    with pytest.raises(ValueError, match="equal length, at least 1, got 0, 0 and 0"):
+        figures.plot_similarities(path, steps=[], positive=[], negative=[])
+    assert not path.exists()

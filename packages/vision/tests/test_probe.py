@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from cl_core.method import Method
+from cl_vision.encoders import SmallConvNet
+from cl_vision.methods.simclr import SimCLR
+from cl_vision.probe import embed_dataset, probe_folder
+
+
+class Colours(Method):
+    """Mean colour of an image, and a parameter that must not move."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def embed(self, images):
+        return self.scale * images.mean(dim=(2, 3))
+
+
+@pytest.fixture
+def folder(tmp_path, write_image):
+    generator = torch.Generator().manual_seed(0)
+    for name, colour in (("red", (200, 30, 30)), ("green", (30, 200, 30)), ("blue", (30, 30, 200))):
+        for number in range(20):
+            noise = torch.randint(-25, 26, (3,), generator=generator).tolist()
+            write_image(
+                tmp_path / name / f"{number}.png", tuple(c + n for c, n in zip(colour, noise, strict=True))
+            )
+    return tmp_path
+
+
+def test_separable_classes_are_found(folder):
+    method = Colours()
+    result = probe_folder(method, folder, image_size=8)
+    assert result.knn_accuracy == 1.0
+    assert result.linear_accuracy == 1.0
+    assert result.class_names == ["blue", "green", "red"]
+    assert result.test_images == 12
+    assert method.training
+    assert method.scale.item() == 1.0
+
+
+def test_shuffled_classes_are_not_found(folder):
+    names = sorted(path for path in folder.rglob("*.png"))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(1)).tolist()
+    contents = [names[place].read_bytes() for place in order]
+    for path, content in zip(names, contents, strict=True):
+        path.write_bytes(content)
+    result = probe_folder(Colours(), folder, image_size=8)
+    assert result.knn_accuracy < 0.8
+    assert result.linear_accuracy < 0.8
+
+
+def test_embedding_is_in_evaluation_mode_and_in_order(two_view_loss):
+    torch.manual_seed(0)
+    method = SimCLR(SmallConvNet(4), two_view_loss)
+    pairs = [(torch.randn(3, 8, 8), torch.tensor(row)) for row in range(7)]
+    features, labels = embed_dataset(method, pairs, batch_size=3)
+    assert labels.tolist() == list(range(7))
+    assert method.training
+    assert not features.requires_grad
+    method.eval()
+    torch.testing.assert_close(features, method.embed(torch.stack([image for image, _ in pairs])))
+
+
+def test_unlabelled_and_tiny_folders_are_refused(tmp_path, write_image):
+    write_image(tmp_path / "a.png", (0, 0, 0))
+    with pytest.raises(ValueError, match="has no class folders"):
+        probe_folder(Colours(), tmp_path)
+    write_image(tmp_path / "cat" / "a.png", (0, 0, 0))
+    write_image(tmp_path / "dog" / "a.png", (0, 0, 0))
+    with pytest.raises(ValueError, match="leaves no validation images"):
+        probe_folder(Colours(), tmp_path)
