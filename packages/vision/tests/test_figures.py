@@ -1,3 +1,5 @@
+import errno
+
 import matplotlib
 import numpy as np
 import pytest
@@ -90,12 +92,11 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     figures.plot_curves(path, loss={"training": ([0, 1], [2, 1])})
     before = path.read_bytes()
 
-    def fail(self, file, **options):
-        file.write(b"half a picture")
-        raise OSError(28, "No space left on device")
+    def fail(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk is full"):
         figures.plot_curves(path, loss={"training": ([0, 1], [5, 4])})
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
