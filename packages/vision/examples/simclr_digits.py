@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from cl_core import losses
 from cl_core.evaluation import knn_accuracy, linear_probe
 from cl_core.method import Method
+from cl_core.training.evaluating import embed_split
 from cl_vision.data import Digits
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods.simclr import SimCLR
-from cl_vision.probe import embed_dataset
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--loss", choices=["DCLLoss", "NTXentLoss"], default="DCLLoss")
@@ -72,7 +72,7 @@ def train(epoch: int) -> float:
 def test(name: str, features: Method) -> None:
     """Probe frozen features: the penalty is chosen on validation, the accuracies are those on test."""
     training, validation, testing = (
-        embed_dataset(features, data.evaluation_dataset(split)) for split in ("train", "validation", "test")
+        embed_split(features, data, split) for split in ("train", "validation", "test")
     )
     neighbours = knn_accuracy(*training, *testing)
     linear = linear_probe(*training, *validation).accuracy(*testing)

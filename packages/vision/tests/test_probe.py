@@ -4,7 +4,7 @@ import torch
 from cl_core.method import Method
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods.simclr import SimCLR
-from cl_vision.probe import embed_dataset, probe_folder
+from cl_vision.probe import probe_folder
 
 
 class Colours(Method):
@@ -52,16 +52,15 @@ def test_shuffled_classes_are_not_found(folder):
     assert result.linear_accuracy < 0.8
 
 
-def test_embedding_is_in_evaluation_mode_and_in_order(two_view_loss):
+def test_features_are_those_of_evaluation_mode(folder, two_view_loss):
     torch.manual_seed(0)
     method = SimCLR(SmallConvNet(4), two_view_loss)
-    pairs = [(torch.randn(3, 8, 8), torch.tensor(row)) for row in range(7)]
-    features, labels = embed_dataset(method, pairs, batch_size=3)
-    assert labels.tolist() == list(range(7))
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    first = probe_folder(method, folder, image_size=8)
     assert method.training
-    assert not features.requires_grad
-    method.eval()
-    torch.testing.assert_close(features, method.embed(torch.stack([image for image, _ in pairs])))
+    assert method.encoder.training
+    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
+    assert probe_folder(method, folder, image_size=8) == first
 
 
 def test_unlabelled_and_tiny_folders_are_refused(tmp_path, write_image):
