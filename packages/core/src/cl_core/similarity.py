@@ -51,7 +51,7 @@ def scaled_rows(z: Tensor, *, scale: float | Tensor = 1.0, normalize: bool = Tru
 
     Cost: O(N D).
     """
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = at_least_float32(z)
     factor = scale if not isinstance(scale, Tensor) else 1.0
     if normalize:
         z = _plain_unit_rows(z, factor) if torch.compiler.is_compiling() else _UnitRows.apply(z, factor)  # type: ignore[no-untyped-call]
@@ -269,6 +269,16 @@ def softplus_sum(
     return torch.empty_like(result).index_copy(0, row_order, result)
 
 
+def at_least_float32(z: Tensor) -> Tensor:
+    """Half precision widened to float32, the rest as it is."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def row_products(x: Tensor, y: Tensor) -> Tensor:
+    """Dot product of each row of x with the same row of y, shape (N,); autocast leaves it alone, unlike vecdot."""
+    return (x * y).sum(1)
+
+
 def logit_bound(temperature: float | Tensor, normalize: bool) -> float | None:
     """What is known beforehand of the largest absolute logit."""
     return 1 / temperature if normalize and not isinstance(temperature, Tensor) else None
@@ -308,7 +318,7 @@ class _UnitRows(torch.autograd.Function):
                 0
             ], None
         # du/dz = (I - u u^T) / |z|; a row shorter than eps is only multiplied, so it keeps its radial part.
-        radial = torch.linalg.vecdot(gradient, rows)[:, None].mul_(spread).mul_(ctx.factor**-2)
+        radial = row_products(gradient, rows)[:, None].mul_(spread).mul_(ctx.factor**-2)
         return torch.addcmul(gradient, rows, radial, value=-1).mul_(inverse.mul(ctx.factor)), None
 
 

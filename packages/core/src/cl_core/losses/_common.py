@@ -42,10 +42,9 @@ def view_terms(
     split = shard(views[0], group)
     # Views of a sample lie side by side, so that what an anchor must not meet is one block on the diagonal.
     count = len(views)
+    side_by_side = torch.stack([similarity.at_least_float32(view) for view in views], 1)
     rows = similarity.scaled_rows(
-        torch.stack(list(views), 1).view(-1, views[0].shape[1]),
-        scale=root_scale(temperature),
-        normalize=normalize,
+        side_by_side.view(-1, views[0].shape[1]), scale=root_scale(temperature), normalize=normalize
     )
     if split.group is None:
         bound = similarity.logit_bound(temperature, normalize)
@@ -61,10 +60,10 @@ def view_terms(
         )
     by_view = rows.view(-1, count, rows.shape[1]).unbind(1)
     if count == 2:
-        positives = torch.linalg.vecdot(*by_view).view(1, -1, 1)
+        positives = similarity.row_products(*by_view).view(1, -1, 1)
     else:
         products = {
-            (v, w): torch.linalg.vecdot(by_view[v], by_view[w]) for v in range(count) for w in range(v)
+            (v, w): similarity.row_products(by_view[v], by_view[w]) for v in range(count) for w in range(v)
         }
         others = [[products[max(v, w), min(v, w)] for w in range(count) if w != v] for v in range(count)]
         positives = torch.stack([torch.stack(of_view) for of_view in others], 2)
@@ -105,7 +104,7 @@ def pair_terms(
         names: what the two towers are called in errors.
     """
     rows, columns, split = _towers(x, y, names, temperature=temperature, normalize=normalize, group=group, impl=impl)
-    positives = torch.linalg.vecdot(rows, columns)[:, None]
+    positives = similarity.row_products(rows, columns)[:, None]
     if split.group is None:
         if not symmetric:
             log_negatives = similarity.cross_log_sum_exp(rows, columns, over="different", impl=impl)[:, None]
@@ -146,7 +145,7 @@ def queue_terms(
     _checks.embeddings("negatives", queue)
     _checks.same_width(**{names[0]: x, "negatives": queue})
     rows, columns, split = _towers(x, y, names, temperature=temperature, normalize=normalize, group=group, impl=impl)
-    positives = torch.linalg.vecdot(rows, columns)[:, None]
+    positives = similarity.row_products(rows, columns)[:, None]
     queue = similarity.scaled_rows(queue, normalize=normalize)
     log_negatives = similarity.cross_log_sum_exp(rows, queue, impl=impl)
     if in_batch:

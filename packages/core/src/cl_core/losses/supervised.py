@@ -146,8 +146,8 @@ class _Comparison:
         """Sum of an anchor's logits with its positives: one product with the sum of its class."""
         sums = self.columns.new_zeros(self._classes(), self.columns.shape[1])
         sums = sums.index_add(0, self.column_labels, self.columns)
-        total = torch.linalg.vecdot(self.rows, sums.index_select(0, self.row_labels))
-        return total if self.row_ids is None else total - torch.linalg.vecdot(self.rows, self.rows)
+        total = similarity.row_products(self.rows, sums.index_select(0, self.row_labels))
+        return total if self.row_ids is None else total - similarity.row_products(self.rows, self.rows)
 
     def _keys(self) -> dict[str, Tensor | None]:
         return {

@@ -8,8 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {"parity": "cl_core.testing.parity"}  # public name -> the module that is it or holds it
-__all__ = ["parity"]
+_HOME = {
+    "parity": "cl_core.testing.parity",
+    "Ranks": "cl_core.testing.ranks",
+    "check_group": "cl_core.testing.losses",
+    "check_loss": "cl_core.testing.losses",
+    "loss_checks": "cl_core.testing.losses",
+}  # public name -> the module that is it or holds it
+__all__ = ["Ranks", "check_group", "check_loss", "loss_checks", "parity"]
 
 
 def __getattr__(name: str) -> Any:

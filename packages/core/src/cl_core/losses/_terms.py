@@ -1,0 +1,173 @@
+"""How the margin losses sum: over all pairs of an anchor, anchors some at a time, or over the pairs listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_core import _checks
+from cl_core._comparison import Comparison, from_square
+from cl_core._ops import no_second_derivative
+from cl_core._rows import tiles
+from cl_core._types import Reduction
+
+Terms: TypeAlias = Tensor
+"""(N, 2 K): for each anchor the sum of its terms of a sort and their number, then those of the next sort."""
+OnTile: TypeAlias = Callable[[Tensor, Tensor, slice], Terms]
+"""``function(anchors, candidates, which anchors) -> terms`` of those anchors."""
+
+_LISTED_ENTRIES = 1 << 20  # of the gathered rows of listed pairs
+
+
+def reduce_terms(terms: Terms, reduction: Reduction, comparison: Comparison) -> Tensor:
+    """Mean over the terms that count, sort by sort; the sum; or each anchor's sum."""
+    sums, counts = terms[:, ::2], terms[:, 1::2]
+    if reduction == "none":
+        result = sums.sum(1)
+    elif reduction == "sum":
+        result = sums.sum()
+    else:
+        result = (sums.sum(0) / counts.detach().sum(0).clamp_min(1)).sum()
+    return result.to(comparison.dtype)
+
+
+# ---- all pairs -------------------------------------------------------------------------------------------------------
+
+
+def by_anchor(comparison: Comparison, function: OnTile) -> Terms:
+    """Terms of all anchors: at once if that is one tile (differentiable twice), else tile by tile."""
+    rows, columns, parts = comparison.rows, comparison.columns, comparison.parts()
+    if len(parts) == 1:
+        return function(rows, columns, parts[0])
+    return _ByAnchor.apply(rows, columns, parts, function)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ByAnchor(torch.autograd.Function):
+    """Keeps nothing of a tile: the backward computes it again, with its graph."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, parts: list[slice], function: OnTile) -> Terms:
+        ctx.parts, ctx.function = parts, function
+        ctx.save_for_backward(rows, columns)
+        return torch.cat([function(rows[part], columns, part) for part in parts])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            no_second_derivative()
+        rows, columns = ctx.saved_tensors
+        of_rows, of_columns = torch.zeros_like(rows), torch.zeros_like(columns)
+        for part in ctx.parts:
+            with torch.enable_grad():
+                x, y = rows[part].detach().requires_grad_(), columns.detach().requires_grad_()
+                terms = ctx.function(x, y, part)
+            of_rows[part], of_y = torch.autograd.grad(terms, (x, y), gradient[part])
+            of_columns += of_y
+        return of_rows, of_columns, None, None
+
+
+def masked_log_sum_exp(logits: Tensor, mask: Tensor) -> Tensor:
+    """Row-wise log-sum-exp of the masked entries; -inf, with a gradient of zero, where there is none."""
+    some = mask.any(1)
+    result = logits.masked_fill(~mask & some[:, None], -torch.inf).logsumexp(1)
+    return torch.where(some, result, -torch.inf)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), exact in float64 too (torch's default is the identity from 20 on)."""
+    return F.softplus(x, threshold=60)
+
+
+# ---- listed pairs ----------------------------------------------------------------------------------------------------
+
+
+def check_listed(
+    name: str, listed: tuple[Tensor, ...], anchors: tuple[bool, ...], comparison: Comparison
+) -> None:
+    """Refuse anything but equally long int64 vectors, pair by pair, of row numbers that exist."""
+    fields = getattr(listed, "_fields", None)
+    if fields is None or len(fields) != len(anchors):
+        kind = "Triplets" if name == "triplets" else "Pairs"
+        raise TypeError(f"{name} must be cl_core.miners.{kind}, got {type(listed).__name__}.")
+    for field, index, is_anchor in zip(fields, listed, anchors, strict=True):
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
+            raise TypeError(f"{name}.{field} must be a vector of int64, got {_what(index)}.")
+        of, size = (
+            ("z", len(comparison.rows)) if is_anchor or comparison.alone else ("ref", len(comparison.columns))
+        )
+        inside = ((index >= 0) & (index < size)).all()
+        _checks.require(
+            inside, f"{name}.{field} must hold row numbers of {of}, 0 to {size - 1}, got another."
+        )
+    partners = zip(listed, listed[1:], fields, fields[1:], anchors[1:], strict=False)
+    for one, other, field, next_field, starts_anew in partners:
+        if not starts_anew and len(one) != len(other):
+            raise ValueError(
+                f"{name}.{field} and {name}.{next_field} must be equally long, got {len(one)} and {len(other)}."
+            )
+
+
+def _what(value: object) -> str:
+    return (
+        f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )
+
+
+def listed_distances(comparison: Comparison, anchor: Tensor, other: Tensor) -> Tensor:
+    """Euclidean distances of listed pairs."""
+    x, y = comparison.rows, comparison.columns
+    scale = x.square().sum(1)[anchor] + y.square().sum(1)[other]
+    return from_square(scale - 2 * listed_products(comparison, anchor, other), scale)
+
+
+def listed_products(comparison: Comparison, anchor: Tensor, other: Tensor) -> Tensor:
+    """Dot products of listed pairs."""
+    return _ListedProducts.apply(comparison.rows, comparison.columns, anchor, other)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ListedProducts(torch.autograd.Function):
+    """Gathers the rows of some pairs at a time, not of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y, i, j)
+        result = x.new_empty(len(i))
+        for part in _parts(x, i):
+            torch.linalg.vecdot(x[i[part]], y[j[part]], out=result[part])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            no_second_derivative()
+        x, y, i, j = ctx.saved_tensors
+        of_x, of_y = torch.zeros_like(x), torch.zeros_like(y)
+        for part in _parts(x, i):
+            weight = gradient[part, None]
+            of_x.index_add_(0, i[part], weight * y[j[part]])
+            of_y.index_add_(0, j[part], weight * x[i[part]])
+        return of_x, of_y, None, None
+
+
+def _parts(x: Tensor, index: Tensor) -> list[slice]:
+    return list(tiles(len(index), max(1, _LISTED_ENTRIES // x.shape[1])))
+
+
+def listed_hinges(excess: Tensor, anchor: Tensor, anchors: int) -> Terms:
+    """Sum and number of the positive ones among the listed values of every anchor."""
+    hinge = excess.relu()
+    pair = torch.stack([hinge, (hinge > 0).to(hinge.dtype)], 1)
+    return pair.new_zeros(anchors, 2).index_add(0, anchor, pair)
+
+
+def listed_log_sum_exp(logits: Tensor, anchor: Tensor, anchors: int) -> Tensor:
+    """Log-sum-exp of the listed values of every anchor; -inf, with a gradient of zero, where there is none."""
+    bottom = torch.finfo(logits.dtype).min
+    top = logits.new_full((anchors,), bottom).scatter_reduce(0, anchor, logits.detach(), "amax")
+    total = logits.new_zeros(anchors).index_add(0, anchor, (logits - top[anchor]).exp())
+    some = total > 0
+    return torch.where(some, torch.where(some, total, 1).log() + top, -torch.inf)

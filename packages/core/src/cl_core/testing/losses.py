@@ -1,0 +1,410 @@
+"""The battery every registered loss passes; third parties run it on theirs.
+
+    from cl_core.testing import check_loss
+    check_loss(MyLoss)                       # all checks that apply; AssertionError names the first that fails
+
+or, to see each check as a test of its own, parametrise over :func:`loss_checks`. What a loss is called with follows
+from its base class (:class:`~cl_core.losses.TwoViewLoss`, ...); checks that need an option (``reduction``, ``impl``,
+``group``, ``temperature``, ``normalize``) apply to losses that have it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from cl_core.losses import ContrastiveLoss, LabelledLoss, QueryKeyLoss, TwoViewLoss
+from cl_core.testing.ranks import Ranks
+
+LossClass: TypeAlias = type[ContrastiveLoss]
+Inputs: TypeAlias = tuple[Tensor, ...]
+
+CHECKS: dict[str, Callable[[LossClass], None]] = {}
+_SPLITS = {2: (5, 3), 3: (4, 0, 4), 4: (3, 1, 0, 4)}
+
+
+def check_loss(loss: LossClass, *, ranks: Ranks | None = None, exclude: tuple[str, ...] = ()) -> None:
+    """Run every check that applies to a loss class constructible without arguments.
+
+    Args:
+        loss: the class.
+        ranks: a pool of processes for the group contract; None leaves that out.
+        exclude: names of checks to leave out (say why where you call it).
+
+    Raises:
+        AssertionError: naming the first check that fails.
+    """
+    for name in loss_checks(loss):
+        if name not in exclude:
+            try:
+                CHECKS[name](loss)
+            except AssertionError as error:
+                raise AssertionError(f"{loss.__name__} fails {name}: {error}") from error
+    if ranks is not None and "group" in options(loss):
+        for world_size in _SPLITS:
+            check_group(loss, ranks, world_size)
+
+
+def loss_checks(loss: LossClass) -> list[str]:
+    """Names of the checks that apply to a loss class."""
+    return [name for name, check in CHECKS.items() if set(_needs(check)) <= options(loss)]
+
+
+def options(loss: LossClass) -> set[str]:
+    """Names of the constructor's arguments."""
+    return set(inspect.signature(loss).parameters)
+
+
+def inputs(
+    loss: LossClass, rows: int = 12, width: int = 6, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Inputs:
+    """Random inputs of the kind a loss is called with; embeddings require a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def embeddings() -> Tensor:
+        z = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+        return z.to(dtype).requires_grad_()
+
+    if issubclass(loss, TwoViewLoss | QueryKeyLoss):
+        first = embeddings()
+        second = (first.detach() + 0.7 * embeddings().detach()).requires_grad_()
+        return first, second
+    if issubclass(loss, LabelledLoss):
+        return embeddings(), torch.arange(rows) % max(1, rows // 3)
+    raise TypeError(f"{loss.__name__} must derive from TwoViewLoss, QueryKeyLoss or LabelledLoss.")
+
+
+def _check(*needs: str) -> Callable[[Callable[[LossClass], None]], Callable[[LossClass], None]]:
+    """Enter a check into the battery; it applies to losses with these options."""
+
+    def enter(check: Callable[[LossClass], None]) -> Callable[[LossClass], None]:
+        check.needs = needs  # type: ignore[attr-defined]
+        CHECKS[check.__name__.removeprefix("_")] = check
+        return check
+
+    return enter
+
+
+def _needs(check: Callable[[LossClass], None]) -> tuple[str, ...]:
+    return check.needs  # type: ignore[attr-defined, no-any-return]
+
+
+def _value_and_gradients(loss: ContrastiveLoss, given: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """Scalar loss and its gradients for fresh leaves of the same values."""
+    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in given]
+    value = loss(*leaves)
+    value = value.sum() if value.ndim else value
+    value.backward()
+    return value.detach(), [t.grad for t in leaves if t.grad is not None]
+
+
+def _assert_close(one: Any, other: Any, why: str, *, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    torch.testing.assert_close(one, other, rtol=rtol, atol=atol, msg=lambda text: f"{why}: {text}")
+
+
+def _gradcheck(check: Callable[..., bool], function: Callable[..., Tensor], given: Inputs) -> None:
+    try:
+        check(function, given)
+    except GradcheckError as error:
+        raise AssertionError(str(error)) from error
+
+
+def _with_embeddings(given: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    return tuple(change(t.detach()) if t.is_floating_point() else t for t in given)
+
+
+@_check()
+def _gives_a_differentiable_scalar(loss: LossClass) -> None:
+    given = inputs(loss, dtype=torch.float32)
+    value = loss()(*given)
+    assert value.ndim == 0, f"shape {tuple(value.shape)}"
+    assert value.dtype == torch.float32, f"{value.dtype}"
+    value.backward()
+    for tensor in given:
+        if tensor.is_floating_point():
+            assert tensor.grad is not None
+            assert tensor.grad.isfinite().all()
+            assert tensor.grad.abs().max() > 0
+
+
+@_check()
+def _leaves_its_inputs_alone_and_repeats_itself(loss: LossClass) -> None:
+    given = inputs(loss)
+    before = [t.detach().clone() for t in given]
+    first, second = _value_and_gradients(loss(), given), _value_and_gradients(loss(), given)
+    assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@_check("reduction")
+def _reductions_agree(loss: LossClass) -> None:
+    given = inputs(loss)
+    each, total = loss(reduction="none")(*given), loss(reduction="sum")(*given)
+    mean = loss()(*given)
+    assert each.ndim == 1
+    _assert_close(each.sum(), total, "none against sum")
+    ratio = (total / mean).item()
+    assert abs(ratio - round(ratio)) < 1e-6, f"sum / mean is {ratio}, not a number of terms"
+    assert round(ratio) > 1
+
+
+@_check()
+def _permuting_the_batch_changes_nothing(loss: LossClass) -> None:
+    given = inputs(loss)
+    order = torch.randperm(len(given[0]), generator=torch.Generator().manual_seed(1))
+    _assert_close(loss()(*given), loss()(*(t[order] for t in given)), "permuted batch")
+
+
+@_check()
+def _swapping_the_views_changes_nothing(loss: LossClass) -> None:
+    if issubclass(loss, TwoViewLoss):
+        z1, z2 = inputs(loss)
+        _assert_close(loss()(z1, z2), loss()(z2, z1), "swapped views")
+
+
+@_check("normalize")
+def _length_of_rows_does_not_matter(loss: LossClass) -> None:
+    given = inputs(loss)
+    reference = loss()(*given)
+    lengths = torch.linspace(0.1, 30, len(given[0]), dtype=torch.float64)[:, None]
+    _assert_close(loss()(*_with_embeddings(given, lambda z: z * lengths)), reference, "rescaled rows")
+    unit = _with_embeddings(given, lambda z: torch.nn.functional.normalize(z, dim=1))
+    _assert_close(loss(normalize=False)(*unit), reference, "normalize=False on unit rows")
+
+
+@_check()
+def _gradient_is_the_derivative(loss: LossClass) -> None:
+    given = inputs(loss, rows=6, width=3)
+    for options_ in [{"impl": "dense"}, {"impl": "tiled"}] if "impl" in options(loss) else [{}]:
+        _gradcheck(torch.autograd.gradcheck, loss(**options_), given)
+
+
+@_check("impl")
+def _dense_and_tiled_agree(loss: LossClass) -> None:
+    for rows in (7, 300):  # within one tile and across several
+        given = inputs(loss, rows=rows)
+        dense = _value_and_gradients(loss(impl="dense"), given)
+        _assert_close(_value_and_gradients(loss(impl="tiled"), given), dense, f"{rows} rows")
+        half = _with_embeddings(given, lambda z: z.float())
+        tiled = _value_and_gradients(loss(impl="tiled"), half)
+        _assert_close(tiled[0].double(), dense[0], "float32", rtol=1e-5, atol=1e-5)
+
+
+@_check("temperature")
+def _temperature_gets_its_gradient(loss: LossClass) -> None:
+    given = _with_embeddings(inputs(loss, rows=6, width=3), lambda z: z)
+
+    def of(temperature: Tensor, impl: str | None) -> Tensor:
+        module = loss() if impl is None else loss(impl=impl)
+        module.temperature = temperature
+        return module(*given)  # type: ignore[no-any-return]
+
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    for impl in ("dense", "tiled") if "impl" in options(loss) else (None,):
+        _gradcheck(torch.autograd.gradcheck, lambda t, impl=impl: of(t, impl), (temperature,))
+
+
+@_check("impl")
+def _second_derivative_is_right_or_refused(loss: LossClass) -> None:
+    given = inputs(loss, rows=5, width=3)
+    _gradcheck(torch.autograd.gradgradcheck, loss(impl="dense"), given)
+    embeddings = [t for t in given if t.is_floating_point()]
+    gradients = torch.autograd.grad(loss(impl="tiled")(*given), embeddings, create_graph=True)
+    try:
+        torch.autograd.grad(sum(g.square().sum() for g in gradients), embeddings)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        assert "impl='dense'" in str(error), str(error)
+    else:
+        raise AssertionError("the tiled form returned a second derivative")
+
+
+@_check()
+def _half_inputs_accumulate_in_float32(loss: LossClass) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        given = _with_embeddings(inputs(loss, dtype=torch.float32), lambda z, dtype=dtype: z.to(dtype))
+        wide = _value_and_gradients(loss(), _with_embeddings(given, lambda z: z.float()))
+        for forms in [("dense", "tiled")] if "impl" in options(loss) else [(None,)]:
+            for impl in forms:
+                module = loss() if impl is None else loss(impl=impl)
+                for enabled in (False, True):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                        value, gradients = _value_and_gradients(module, given)
+                    assert value.dtype == torch.float32, f"{dtype} gives {value.dtype}"
+                    assert all(g.dtype == dtype for g in gradients)
+                    _assert_close(value, wide[0], f"{dtype}, autocast {enabled}", rtol=2e-6, atol=3e-6)
+                    for one, other in zip(gradients, wide[1], strict=True):
+                        _assert_close(one.float(), other, f"gradient in {dtype}", rtol=1e-2, atol=1e-3)
+
+
+@_check()
+def _autocast_changes_nothing(loss: LossClass) -> None:
+    given = inputs(loss, dtype=torch.float32)
+    for impl in ("dense", "tiled") if "impl" in options(loss) else (None,):
+        module = loss() if impl is None else loss(impl=impl)
+        plain = _value_and_gradients(module, given)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _equal(_value_and_gradients(module, given), plain), f"impl={impl}"
+
+
+def _equal(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> bool:
+    return torch.equal(one[0], other[0]) and all(map(torch.equal, one[1], other[1]))
+
+
+def _extremes(loss: LossClass) -> Iterator[tuple[str, Inputs]]:
+    given = _with_embeddings(inputs(loss, rows=8, width=8, dtype=torch.float32), lambda z: z)
+    yield "zero rows", _with_embeddings(given, lambda z: z * (torch.arange(8) > 1)[:, None])
+    yield "all rows zero", _with_embeddings(given, torch.zeros_like)
+    yield "identical rows", _with_embeddings(given, lambda z: z[:1].expand(8, 8).contiguous())
+    yield "duplicate rows", _with_embeddings(given, lambda z: z[torch.arange(8) // 2])
+    yield "orthogonal rows", _with_embeddings(given, lambda z: torch.eye(8))
+    if isinstance(loss(), TwoViewLoss | QueryKeyLoss):
+        yield "identical views", (given[0], given[0].clone())
+        yield "antipodal views", (given[0], -given[0])
+    if issubclass(loss, LabelledLoss):
+        yield "no positive", (given[0], torch.arange(8))
+        yield "one class", (given[0], torch.zeros(8, dtype=torch.int64))
+    if "normalize" in options(loss):
+        yield "rows of norm 1e20", _with_embeddings(given, lambda z: z * 1e20)
+        yield "rows of norm 1e-20", _with_embeddings(given, lambda z: z * 1e-20)
+
+
+@_check()
+def _extreme_inputs_stay_finite(loss: LossClass) -> None:
+    settings: list[dict[str, Any]] = [{}]
+    if "temperature" in options(loss):
+        settings += [{"temperature": 0.01}, {"temperature": 0.004}]
+    if "impl" in options(loss):
+        settings = [s | {"impl": impl} for s in settings for impl in ("dense", "tiled")]
+    for name, given in _extremes(loss):
+        for setting in settings:
+            value, gradients = _value_and_gradients(loss(**setting), given)
+            assert value.isfinite(), f"{name}, {setting}: loss {value}"
+            assert all(g.isfinite().all() for g in gradients), f"{name}, {setting}: gradient not finite"
+
+
+@_check()
+def _batch_of_one_is_zero_or_refused(loss: LossClass) -> None:
+    given = inputs(loss, rows=1)
+    for impl in ("dense", "tiled") if "impl" in options(loss) else (None,):
+        try:
+            value, gradients = _value_and_gradients(loss() if impl is None else loss(impl=impl), given)
+        except ValueError as error:
+            assert _is_one_sentence(error)
+            continue
+        assert value.isfinite(), f"{value}"
+        assert all(g.isfinite().all() for g in gradients)
+
+
+@_check()
+def _compiles_to_one_graph(loss: LossClass) -> None:
+    given = inputs(loss, rows=9)
+    for impl in ("dense", "tiled") if "impl" in options(loss) else (None,):
+        module = loss() if impl is None else loss(impl=impl)
+        torch.compiler.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        _assert_close(_value_and_gradients(compiled, given), _value_and_gradients(module, given), f"impl={impl}")  # type: ignore[arg-type]
+
+
+@_check()
+def _copies_pickles_and_shows_itself(loss: LossClass) -> None:
+    module, given = loss(), inputs(loss)
+    reference = module(*given)
+    assert torch.equal(copy.deepcopy(module)(*given), reference)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    module.load_state_dict(torch.load(buffer, weights_only=True))
+    shown = repr(module)
+    assert shown.startswith(loss.__name__)
+    for name, value in module.hyperparameters().items():
+        assert f"{name}={value!r}" in shown, f"{name} is missing in {shown}"
+
+
+@_check()
+def _bad_inputs_get_one_sentence(loss: LossClass) -> None:
+    good = inputs(loss)
+
+    def refused(why: str, *given: Any, **hyperparameters: Any) -> None:
+        try:
+            loss(**hyperparameters)(*given)
+        except (ValueError, TypeError) as error:
+            assert _is_one_sentence(error), f"{why}: {error}"
+        else:
+            raise AssertionError(f"{why} was accepted")
+
+    bad = good[0].detach().clone()
+    bad[1, 1] = torch.nan
+    rest = good[1:]
+    refused("nan", bad, *rest)
+    refused("infinity", bad.nan_to_num(torch.inf), *rest)
+    refused("one dimension", good[0][:, 0], *rest)
+    refused("integers", good[0].long(), *rest)
+    refused("no rows", *(t[:0] for t in good))
+    refused("a list", good[0].tolist(), *rest)
+    refused("unequal rows", good[0], *(t[:-1] for t in rest))
+    if not issubclass(loss, LabelledLoss):
+        refused("unequal widths", good[0], *(t[:, :-1] for t in rest))
+        refused("unequal dtypes", good[0], *(t.float() for t in rest))
+    else:
+        refused("floating labels", good[0], good[1].double())
+    if "temperature" in options(loss):
+        for value in (0.0, -1.0, float("nan"), "warm"):
+            refused(f"temperature {value}", *good, temperature=value)
+    for name in {"reduction", "impl"} & options(loss):
+        refused(f"unknown {name}", *good, **{name: "other"})
+    if "group" in options(loss):
+        refused("group without init", *good, group="world")
+
+
+def _is_one_sentence(error: Exception) -> bool:
+    text = str(error)
+    return "\n" not in text and text.endswith(".") and len(text) < 300
+
+
+def check_group(loss: LossClass, ranks: Ranks, world_size: int, **hyperparameters: Any) -> None:
+    """The contract of ``group``: mean of rank losses and averaged gradient equal those of one process.
+
+    Checked for an uneven split with a rank that may hold no row, through a linear encoder shared by all ranks, with a
+    learnable temperature where there is one.
+    """
+    given = tuple(t.detach() for t in inputs(loss, rows=sum(_SPLITS[world_size]), width=5))
+    single_loss, single_gradients = encoded_loss(None, loss, given, hyperparameters)
+    parts = [t.split(list(_SPLITS[world_size])) for t in given]
+    results = ranks.run(_rank_loss, loss, parts, hyperparameters, world_size=world_size)
+    losses, gradients = zip(*results, strict=True)
+    _assert_close(torch.stack(losses).mean(), single_loss, f"loss on {world_size} ranks", rtol=1e-6)
+    for one, *others in zip(single_gradients, *gradients, strict=True):
+        _assert_close(torch.stack(others).mean(0), one, f"gradient on {world_size} ranks", rtol=1e-6, atol=1e-9)
+
+
+def encoded_loss(
+    group: Any, loss: LossClass, given: Inputs, hyperparameters: dict[str, Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss behind a fixed linear encoder, and the gradients of encoder and temperature."""
+    width = given[0].shape[1]
+    weight = torch.linspace(-1, 1, width * 4, dtype=torch.float64).sin().view(width, 4).requires_grad_()
+    arguments = dict(hyperparameters)
+    module = loss(group=group, **arguments)
+    parameters = [weight]
+    if "temperature" in options(loss):
+        module.temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        parameters.append(module.temperature)
+    value = module(*(t @ weight if t.is_floating_point() else t for t in given))
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))
+    return value.detach(), list(filled)
+
+
+def _rank_loss(
+    group: Any, loss: LossClass, parts: list[tuple[Tensor, ...]], hyperparameters: dict[str, Any]
+) -> tuple[Tensor, list[Tensor]]:
+    rank = torch.distributed.get_rank(group)
+    return encoded_loss(group, loss, tuple(part[rank] for part in parts), hyperparameters)

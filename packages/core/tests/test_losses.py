@@ -1,0 +1,62 @@
+"""The battery over every registered loss."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cl_core import plugins
+from cl_core.testing import check_group, loss_checks
+from cl_core.testing.losses import CHECKS, inputs, options
+
+# {loss: {check: reason}}: the one place where a loss may be excused from a check.
+EXCLUSIONS = json.loads(Path(__file__).with_name("exclusions.json").read_text())
+LOSSES = {plugin.name: plugins.load_loss(plugin.name) for plugin in plugins.available_losses()}
+CASES = [(name, check) for name, loss in LOSSES.items() for check in loss_checks(loss)]
+
+
+def test_exclusions_name_what_exists():
+    for name, checks in EXCLUSIONS.items():
+        assert name in LOSSES
+        assert set(checks) <= {*CHECKS, "group"}
+        assert all(isinstance(reason, str) and reason for reason in checks.values())
+
+
+@pytest.mark.parametrize(("name", "check"), CASES, ids=lambda value: value)
+def test_battery(name, check):
+    if check in EXCLUSIONS.get(name, {}):
+        with pytest.raises(AssertionError):  # an exclusion that is no longer needed fails
+            CHECKS[check](LOSSES[name])
+    else:
+        CHECKS[check](LOSSES[name])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if "group" in options(loss)])
+def test_group_contract(name, world_size, ranks):
+    check_group(LOSSES[name], ranks, world_size)
+
+
+@pytest.mark.parametrize("form", ["in", "pair"])
+def test_group_contract_of_the_other_supervised_forms(form, ranks):
+    check_group(LOSSES["SupConLoss"], ranks, 3, form=form)
+
+
+@pytest.mark.parametrize("name", ["DCLLoss", "DCLWLoss"])
+def test_group_contract_of_cross_negatives(name, ranks):
+    check_group(LOSSES[name], ranks, 3, negatives="cross")
+
+
+def test_group_contract_of_two_towers_seen_from_both_sides(ranks):
+    check_group(LOSSES["InfoNCELoss"], ranks, 3, symmetric=True)
+
+
+def test_group_contract_when_the_weight_is_differentiated(ranks):
+    check_group(LOSSES["DCLWLoss"], ranks, 3, detach_weight=False)
+
+
+@pytest.mark.parametrize("impl", ["dense", "tiled"])
+def test_gradient_through_the_weight_is_the_derivative(impl):
+    loss = LOSSES["DCLWLoss"]
+    torch.autograd.gradcheck(loss(detach_weight=False, impl=impl), inputs(loss, rows=6, width=3))
