@@ -197,3 +197,15 @@ def test_an_unknown_package_is_named_beside_the_known():
 def test_the_packages_here_are_fit_for_an_index(one):
     assert release_check.version_problems(one) + release_check.metadata_problems(one) == []
     assert (release_check.ROOT / "scripts" / "smoke" / f"{one.module}.py").is_file()
+
+
+def test_new_names_must_be_recorded_by_the_time_of_a_release(toy, monkeypatch):
+    monkeypatch.syspath_prepend(toy.path / "src")
+    (toy.source / "public.py").write_text("def new(): ...\n")
+    (toy.path / "public_surface.json").write_text('{"cl_toy": {}, "cl_toy.gone": {}}')
+    gone = "cl-toy: public_surface.json still lists cl_toy.gone."
+    assert release_check.surface_problems(toy) == [gone]
+    assert release_check.surface_problems(toy, "cl-toy-v0.1.0") == [
+        gone,
+        "cl-toy: public_surface.json lacks cl_toy.public.",
+    ]
