@@ -64,11 +64,11 @@ def plot_curves(
     axes = figure.subplots(1, panels, squeeze=False)[0]
     _draw_curves(axes[0], loss, step_name, "loss (nats)")
     if panels == 2:
-        shown = {
-            name: (steps, 100 * np.asarray(values, float))
+        percent = {
+            name: (steps, [100 * value for value in values])
             for name, (steps, values) in (accuracy or {}).items()
         }
-        _draw_curves(axes[1], shown, step_name, "accuracy (%)", markers=True)
+        _draw_curves(axes[1], percent, step_name, "accuracy (%)", markers=True)
         for (name, value), dashes in zip(
             (baselines or {}).items(), (":", "--", "-.", (0, (1, 4))) * 4, strict=False
         ):

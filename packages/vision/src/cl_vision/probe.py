@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -38,7 +38,7 @@ def probe_folder(
     folder: str | Path,
     *,
     image_size: int = 64,
-    channels: int = 3,
+    channels: Literal[1, 3] = 3,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     settings: Evaluation | None = None,

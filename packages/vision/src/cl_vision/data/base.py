@@ -106,7 +106,8 @@ class ImageData(Data):
         train = sources["train"]
         kept = torch.arange(len(train))
         splits: dict[Split, tuple[Images, Tensor]] = {}
-        for split, fraction in (("test", self.test), ("validation", self.validation)):
+        fractions: dict[Split, float] = {"test": self.test, "validation": self.validation}
+        for split, fraction in fractions.items():
             if split in sources:
                 splits[split] = sources[split], torch.arange(len(sources[split]))
             else:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from cl_vision.data.base import ImageData, Split
+from cl_core.training.data import Split
+from cl_vision.data.base import ImageData
 from cl_vision.data.views import ImageArray, Images
 from cl_vision.transforms import SimCLRTransform, SmallGrayTransform, ViewTransform
 
@@ -108,13 +109,12 @@ class FashionMNIST(_Benchmark):
         if self.download:
             datasets.FashionMNIST(str(self.root), download=True)
         folder = self._folder()
-        return {
-            split: ImageArray(
-                read_idx(self._file(folder, f"{prefix}-images-idx3-ubyte"), dimensions=3)[:, None],
-                read_idx(self._file(folder, f"{prefix}-labels-idx1-ubyte"), dimensions=1).long(),
-            )
-            for split, prefix in (("train", "train"), ("test", "t10k"))
-        }
+        return {"train": self._read(folder, "train"), "test": self._read(folder, "t10k")}
+
+    def _read(self, folder: Path, prefix: str) -> ImageArray:
+        images = read_idx(self._file(folder, f"{prefix}-images-idx3-ubyte"), dimensions=3)
+        labels = read_idx(self._file(folder, f"{prefix}-labels-idx1-ubyte"), dimensions=1)
+        return ImageArray(images[:, None], labels)
 
     def _folder(self) -> Path:
         candidates = [
@@ -166,7 +166,8 @@ class CIFAR10(_Benchmark):
         if not self.download and not (self.root / self._layout).is_dir():
             self._missing(f"{self._layout}/ with torchvision's files")
         splits: dict[Split, Images] = {}
-        for split in ("train", "test"):
+        names: tuple[Split, ...] = ("train", "test")
+        for split in names:
             data = self._open(split == "train")
             self._names = list(data.classes)
             splits[split] = ImageArray(

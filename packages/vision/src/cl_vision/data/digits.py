@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from cl_vision.data.base import ImageData, Split
+from cl_core.training.data import Split
+from cl_vision.data.base import ImageData
 from cl_vision.data.views import ImageArray, Images
 from cl_vision.transforms import SmallGrayTransform, ViewTransform
 

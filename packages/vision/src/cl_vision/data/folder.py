@@ -14,7 +14,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
 from cl_core import _checks
-from cl_vision.data.base import ImageData, Split
+from cl_core.training.data import Split
+from cl_vision.data.base import ImageData
 from cl_vision.data.views import Images
 from cl_vision.transforms import SimCLRTransform, ViewTransform
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cl_vision.data.base import ImageData, Split
+from cl_core.training.data import Split
+from cl_vision.data.base import ImageData
 from cl_vision.data.views import ImageArray, Images
 from cl_vision.transforms import ViewTransform
 
@@ -102,7 +103,7 @@ class PackedCIFAR10(ImageData):
         images = np.empty((len(labels), 32, 32, 3), dtype=np.uint8)
         for row in range(len(labels)):
             with Image.open(io.BytesIO(stream[offsets[row] : offsets[row + 1]].tobytes())) as image:
-                images[row] = image.convert("RGB")
+                images[row] = np.asarray(image.convert("RGB"))
         return ImageArray(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
 
     def _file(self) -> Path:

@@ -23,7 +23,7 @@ class Views(NamedTuple):
 
     views: tuple[Tensor, ...]
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a field, although every tuple has a method of that name
 
 
 class Images(Protocol):
