@@ -106,6 +106,16 @@ def positive(name: str, value: float | Tensor, *, rows: int | None = None) -> No
         raise ValueError(f"{name} must be finite and > 0, got {value}.")
 
 
+def number(name: str, value: float, *, at_least: float = -math.inf, finite: bool = True) -> None:
+    """Refuse anything but a number >= ``at_least``, finite unless told otherwise."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
+    if math.isnan(value) or (finite and math.isinf(value)):
+        raise ValueError(f"{name} must be {'a finite' if finite else 'a'} number, got {value}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}.")
+
+
 def count(name: str, value: int, *, at_least: int = 1) -> None:
     """Refuse anything but an integer >= ``at_least``."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -43,7 +43,7 @@ def by_anchor(comparison: Comparison, function: OnTile) -> Terms:
     rows, columns, parts = comparison.rows, comparison.columns, comparison.parts()
     if len(parts) == 1:
         return function(rows, columns, parts[0])
-    return _ByAnchor.apply(rows, columns, parts, function)  # type: ignore[no-any-return, no-untyped-call]
+    return _ByAnchor.apply(rows, columns, parts, function)  # type: ignore[no-any-return]
 
 
 class _ByAnchor(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _ByAnchor(torch.autograd.Function):
         return torch.cat([function(rows[part], columns, part) for part in parts])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled():
             no_second_derivative()
         rows, columns = ctx.saved_tensors
@@ -68,6 +68,22 @@ class _ByAnchor(torch.autograd.Function):
             of_rows[part], of_y = torch.autograd.grad(terms, (x, y), gradient[part])
             of_columns += of_y
         return of_rows, of_columns, None, None
+
+
+def all_triplets(distance: Tensor, positive: Tensor, negative: Tensor, margin: float, most: int) -> Terms:
+    """Sum and number of the hinges of all triplets, without listing them.
+
+    A negative at distance d meets the positives whose distance plus margin lies beyond d. With those
+    reaches sorted and summed up once, their number k comes from a search and their hinges add up to (sum of
+    the k largest) - k d.
+    """
+    reach = (distance + margin).masked_fill(~positive, -torch.inf).topk(most, dim=1).values
+    summed = torch.where(reach > -torch.inf, reach, 0).cumsum(1)
+    summed = torch.cat([summed.new_zeros(len(summed), 1), summed], 1)
+    ascending = reach.detach().flip(1).contiguous()
+    met = most - torch.searchsorted(ascending, distance.detach().contiguous(), right=True)
+    met = met * negative
+    return torch.stack([(summed.gather(1, met) - met * distance).sum(1), met.sum(1)], 1)
 
 
 def masked_log_sum_exp(logits: Tensor, mask: Tensor) -> Tensor:
@@ -126,7 +142,7 @@ def listed_distances(comparison: Comparison, anchor: Tensor, other: Tensor) -> T
 
 def listed_products(comparison: Comparison, anchor: Tensor, other: Tensor) -> Tensor:
     """Dot products of listed pairs."""
-    return _ListedProducts.apply(comparison.rows, comparison.columns, anchor, other)  # type: ignore[no-any-return, no-untyped-call]
+    return _ListedProducts.apply(comparison.rows, comparison.columns, anchor, other)  # type: ignore[no-any-return]
 
 
 class _ListedProducts(torch.autograd.Function):
@@ -141,7 +157,7 @@ class _ListedProducts(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled():
             no_second_derivative()
         x, y, i, j = ctx.saved_tensors

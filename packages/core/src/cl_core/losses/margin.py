@@ -19,6 +19,7 @@ from cl_core._types import Reduction
 from cl_core.losses._base import LabelledLoss
 from cl_core.losses._terms import (
     Terms,
+    all_triplets,
     by_anchor,
     check_listed,
     listed_distances,
@@ -87,29 +88,13 @@ def triplet_margin_loss(
         most = comparison.most_positives()
 
         def terms(x: Tensor, y: Tensor, part: slice) -> Terms:
-            return _all_triplets(euclidean(x, y), *comparison.masks(part), margin, most)
+            return all_triplets(euclidean(x, y), *comparison.masks(part), margin, most)
 
         return reduce_terms(by_anchor(comparison, terms), reduction, comparison)
     check_listed("triplets", triplets, _TRIPLET, comparison)
     excess = listed_distances(comparison, triplets.anchor, triplets.positive) + margin
     excess = excess - listed_distances(comparison, triplets.anchor, triplets.negative)
     return reduce_terms(listed_hinges(excess, triplets.anchor, len(z)), reduction, comparison)
-
-
-def _all_triplets(distance: Tensor, positive: Tensor, negative: Tensor, margin: float, most: int) -> Terms:
-    """Sum and number of the hinges of all triplets, without listing them.
-
-    A negative at distance d meets the positives whose distance plus margin lies beyond d. With those
-    reaches sorted and summed up once, their number k comes from a search and their hinges add up to (sum of
-    the k largest) - k d.
-    """
-    reach = (distance + margin).masked_fill(~positive, -torch.inf).topk(most, dim=1).values
-    summed = torch.where(reach > -torch.inf, reach, 0).cumsum(1)
-    summed = torch.cat([summed.new_zeros(len(summed), 1), summed], 1)
-    ascending = reach.detach().flip(1).contiguous()
-    met = most - torch.searchsorted(ascending, distance.detach().contiguous(), right=True)
-    met = met * negative
-    return torch.stack([(summed.gather(1, met) - met * distance).sum(1), met.sum(1)], 1)
 
 
 def contrastive_margin_loss(
@@ -245,19 +230,25 @@ def _log_sums(
     z: Tensor, ref: Tensor | None, comparison: Comparison, alpha: float, beta: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of -alpha s over all positives and of beta s over all negatives of every anchor."""
-    keys = {"row_keys": comparison.row_labels.long(), "column_keys": comparison.column_labels.long()}
-    ids = {"row_ids": comparison.row_ids, "column_ids": comparison.column_ids}
+    row_keys, column_keys = comparison.row_labels.long(), comparison.column_labels.long()
+    rows = scaled_rows(z, normalize=normalize)
+    columns = rows if ref is None else scaled_rows(ref, normalize=normalize)
+    log_positive = cross_log_sum_exp(
+        rows * -alpha,
+        columns,
+        row_keys=row_keys,
+        column_keys=column_keys,
+        row_ids=comparison.row_ids,
+        column_ids=comparison.column_ids,
+        over="same",
+    )
     if ref is None:
-        root = scaled_rows(z, scale=beta**0.5, normalize=normalize)
         bound = beta if normalize else None
-        log_negative = self_log_sum_exp(root, keys=keys["row_keys"], over="different", bound=bound)
-        rows, columns = root * (-alpha / beta), root
-    else:
-        columns = scaled_rows(ref, normalize=normalize)
-        rows = scaled_rows(z, normalize=normalize)
-        log_negative = cross_log_sum_exp(rows * beta, columns, **keys, over="different")
-        rows = rows * -alpha
-    return cross_log_sum_exp(rows, columns, **keys, **ids, over="same"), log_negative
+        return log_positive, self_log_sum_exp(rows * beta**0.5, keys=row_keys, bound=bound)
+    log_negative = cross_log_sum_exp(
+        rows * beta, columns, row_keys=row_keys, column_keys=column_keys, over="different"
+    )
+    return log_positive, log_negative
 
 
 def circle_loss(
