@@ -10,8 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from cl_core import _checks
-from cl_vision._names import unknown_name
+from cl_core import _checks, plugins
 
 Norm: TypeAlias = Literal["batch", "group"]
 """``"batch"`` couples the rows of a batch (running statistics at evaluation), ``"group"`` does not."""
@@ -132,7 +131,7 @@ class TorchvisionEncoder(Encoder):
         super().__init__()
         known = torchvision.models.list_models(module=torchvision.models)
         if name not in known:
-            raise ValueError(unknown_name("torchvision classifier", name, known))
+            raise ValueError(plugins.unknown("torchvision classifier", name, known))
         self.name, self.weights = name, weights
         network = torchvision.models.get_model(name, weights=None, **_quick_initialisation(name))
         if hasattr(network, "AuxLogits") or hasattr(network, "aux1"):
@@ -166,7 +165,7 @@ def _quick_initialisation(name: str) -> dict[str, Any]:
 def _load_torchvision_weights(network: nn.Module, name: str, weights: str) -> None:
     members = torchvision.models.get_model_weights(name)
     if weights not in members.__members__:
-        raise ValueError(unknown_name(f"weights of {name}", weights, members.__members__))
+        raise ValueError(plugins.unknown(f"weights of {name}", weights, members.__members__))
     state = members[weights].get_state_dict(progress=False, check_hash=True, weights_only=True)
     try:
         network.load_state_dict(state)
