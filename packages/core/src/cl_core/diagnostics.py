@@ -274,7 +274,7 @@ def npc_factor(
     _checks.embeddings("z1", z1)
     with _rows.measuring(z1.device):
         terms = view_terms((z1, z2), temperature=temperature, normalize=True, group=None, impl="auto")
-        factors = torch.sigmoid(terms.log_negatives - terms.positives[0]).t().flatten()
+        factors = torch.sigmoid(terms.log_negatives() - terms.positives()[0]).t().flatten()
         return factors.mean() if reduction == "mean" else factors
 
 

@@ -212,6 +212,30 @@ def paired_log_sum_exp(
     return _ops.paired_log_sum_exp(rows, columns, over, bound, list(tile))  # type: ignore[no-any-return]
 
 
+def softmax_mean(rows: Tensor, columns: Tensor, *, tile: tuple[int, int] | None = None) -> Tensor:
+    r"""Mean of the columns under the softmax of a row's similarities, without a gradient.
+
+        m_i = sum_j softmax_j(rows_i . columns_j) columns_j
+
+    Args:
+        rows: shape (N, D), float32 or float64.
+        columns: shape (M, D), M >= 1.
+        tile: rows and columns of a tile; None chooses.
+
+    Returns:
+        Shape (N, D), a constant for autograd.
+
+    Cost: O(N M D) time, O((N + M) D) memory.
+    """
+    rows, columns = rows.detach(), columns.detach()
+    options = (None, None, None, None, 1, "all", list(tile or _tiles.default_tile(rows.device)))
+    log_sum = _ops.rows_log_sum_exp(rows, columns, *options)
+    # The mean is the derivative of the log-sum-exp with respect to the row.
+    return _ops.rows_log_sum_exp_backward(  # type: ignore[no-any-return]
+        torch.ones_like(log_sum), rows, columns, log_sum, *options, [True, False]
+    )[0]
+
+
 def softplus_sum(
     rows: Tensor,
     columns: Tensor,
@@ -253,8 +277,7 @@ def softplus_sum(
         raise ValueError("row_keys and column_keys must be given together, got only one of them.")
     if _dense(rows, columns, impl):
         pairing = _ops.cross_pairing(rows, columns, row_keys, column_keys, row_ids, column_ids, over, 1, False)
-        with torch.autocast(rows.device.type, enabled=False):
-            margin = rows @ columns.t() + offset[:, None]
+        margin = _logits(rows, columns) + offset[:, None]
         margin = margin.masked_fill(pairing.excluded(0, len(rows), 0, len(columns)), -torch.inf)
         return torch.nn.functional.softplus(margin, threshold=60).sum(1)
     options = [over, list(tile or _tiles.default_tile(rows.device))]
@@ -344,8 +367,7 @@ def _dense_log_sum_exp(
 
 def _plain_log_sum_exp(rows: Tensor, columns: Tensor, pairing: Pairing, bias: Tensor | None = None) -> Tensor:
     """The definition in differentiable operations."""
-    with torch.autocast(rows.device.type, enabled=False):
-        logits = rows @ columns.t()
+    logits = _logits(rows, columns)
     if bias is not None:
         logits = logits + bias
     if not logits.numel():
@@ -356,6 +378,29 @@ def _plain_log_sum_exp(rows: Tensor, columns: Tensor, pairing: Pairing, bias: Te
     top = logits.detach().amax(1).masked_fill(empty, 0)
     total = (logits - top[:, None]).exp().sum(1)
     return (total.masked_fill(empty, 1).log() + top).masked_fill(empty, -torch.inf)
+
+
+def _logits(rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ columns.T in the precision of the rows, whatever autocast says, also in the backward."""
+    if torch.compiler.is_compiling():
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows @ columns.t()
+    return _Product.apply(rows, columns.t())  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    """Matrix product that autocast leaves alone in all derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, y = ctx.saved_tensors
+        return _Product.apply(gradient, y.t()), _Product.apply(x.t(), gradient)  # type: ignore[no-untyped-call]
 
 
 class _KeptSelf(torch.autograd.Function):

@@ -1,9 +1,7 @@
-"""What every loss module is, and the three shapes of input a loss can ask for."""
+"""What every loss module is, and the shapes of input a loss can ask for."""
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,22 +24,18 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(self, **hyperparameters: Any) -> None:
         super().__init__()
+        self._names = tuple(hyperparameters)
         for name, value in hyperparameters.items():
             _CHECKS.get(name, lambda _: None)(value)
             setattr(self, name, value)
 
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments as they stand now: what the functional form is called with."""
-        return {name: getattr(self, name) for name in _constructor_arguments(type(self))}
+        return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
         """Show the hyper-parameters."""
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
-
-
-@cache
-def _constructor_arguments(cls: type[ContrastiveLoss]) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls).parameters)
 
 
 class TwoViewLoss(ContrastiveLoss):
@@ -58,6 +52,14 @@ class QueryKeyLoss(ContrastiveLoss):
     def forward(self, query: Tensor, key: Tensor, negatives: Tensor | None = None) -> Tensor:
         """Loss of queries (N, D) against keys (N, D) and optional extra negatives (K, D)."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(query, key, negatives).")
+
+
+class QueueLoss(ContrastiveLoss):
+    """Called with ``(query, key, queue)``: two views of N samples, both compared with the K rows of a queue."""
+
+    def forward(self, query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+        """Loss of queries (N, D) and keys (N, D) over a queue (K, D)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(query, key, queue).")
 
 
 class LabelledLoss(ContrastiveLoss):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,20 +14,53 @@ from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 
 
-class ViewTerms(NamedTuple):
-    """What a loss over V views of N samples is made of."""
+@dataclass(frozen=True)
+class ViewTerms:
+    """What a loss over V views of N samples is made of; a sample's views lie side by side in ``rows``."""
 
-    positives: Tensor
-    """Logits of an anchor with the other views of its sample, shape (V - 1, N, V); (1, N, 1) for two views."""
-    log_negatives: Tensor
-    """Log-sum-exp of an anchor's logits with all views of all other samples, shape (N, V)."""
+    rows: Tensor
+    views: int
     shard: Shard
+    bound: float | None
+    impl: Impl
+
+    def positives(self) -> Tensor:
+        """Logits of an anchor with the other views of its sample, shape (V - 1, N, V); (1, N, 1) for two views."""
+        count = self.views
+        by_view = self.rows.view(-1, count, self.rows.shape[1]).unbind(1)
+        if count == 2:
+            return similarity.row_products(*by_view).view(1, -1, 1)
+        products = {
+            (v, w): similarity.row_products(by_view[v], by_view[w]) for v in range(count) for w in range(v)
+        }
+        others = [[products[max(v, w), min(v, w)] for w in range(count) if w != v] for v in range(count)]
+        return torch.stack([torch.stack(of_view) for of_view in others], 2)
+
+    def log_negatives(self, sharpness: float = 1.0) -> Tensor:
+        """Log-sum-exp of an anchor's logits, times a factor, with all views of all other samples, shape (N, V)."""
+        rows = self.rows if sharpness == 1 else self.rows * sharpness**0.5
+        count, split = self.views, self.shard
+        if split.group is None:
+            bound = None if self.bound is None else self.bound * sharpness
+            result = similarity.self_log_sum_exp(rows, group_size=count, bound=bound, impl=self.impl)
+            return result.view(-1, count)
+        columns = split.gather(rows, each=count)
+        row_keys = torch.arange(len(rows), device=rows.device).div_(count, rounding_mode="floor")
+        column_keys = torch.arange(len(columns), device=rows.device).div_(count, rounding_mode="floor")
+        return similarity.cross_log_sum_exp(
+            rows,
+            columns,
+            row_keys=row_keys + split.offset,
+            column_keys=column_keys,
+            over="different",
+            impl=self.impl,
+        ).view(-1, count)
 
 
 def view_terms(
     views: Sequence[Tensor], *, temperature: float | Tensor, normalize: bool, group: Group, impl: Impl
 ) -> ViewTerms:
-    """Positive logits and log-sum-exp over negatives of every view of every sample.
+    """Check several views and prepare their comparison.
 
     Args:
         views: V >= 2 tensors of shape (N, D); row i of each is the same sample.
@@ -40,34 +74,12 @@ def view_terms(
     _checks.positive("temperature", temperature)
     _checks.impl(impl)
     split = shard(views[0], group)
-    # Views of a sample lie side by side, so that what an anchor must not meet is one block on the diagonal.
-    count = len(views)
+    # Side by side, so that what an anchor must not meet is one block on the diagonal.
     side_by_side = torch.stack([similarity.at_least_float32(view) for view in views], 1)
     rows = similarity.scaled_rows(
         side_by_side.view(-1, views[0].shape[1]), scale=root_scale(temperature), normalize=normalize
     )
-    if split.group is None:
-        bound = similarity.logit_bound(temperature, normalize)
-        log_negatives = similarity.self_log_sum_exp(rows, group_size=count, bound=bound, impl=impl)
-    else:
-        columns = split.gather(rows, each=count)
-        row_keys = (
-            torch.arange(len(rows), device=rows.device).div(count, rounding_mode="floor") + split.offset
-        )
-        column_keys = torch.arange(len(columns), device=rows.device).div(count, rounding_mode="floor")
-        log_negatives = similarity.cross_log_sum_exp(
-            rows, columns, row_keys=row_keys, column_keys=column_keys, over="different", impl=impl
-        )
-    by_view = rows.view(-1, count, rows.shape[1]).unbind(1)
-    if count == 2:
-        positives = similarity.row_products(*by_view).view(1, -1, 1)
-    else:
-        products = {
-            (v, w): similarity.row_products(by_view[v], by_view[w]) for v in range(count) for w in range(v)
-        }
-        others = [[products[max(v, w), min(v, w)] for w in range(count) if w != v] for v in range(count)]
-        positives = torch.stack([torch.stack(of_view) for of_view in others], 2)
-    return ViewTerms(positives, log_negatives.view(-1, count), split)
+    return ViewTerms(rows, len(views), split, similarity.logit_bound(temperature, normalize), impl)
 
 
 class PairTerms(NamedTuple):
@@ -103,7 +115,9 @@ def pair_terms(
         impl: "dense", "tiled" or "auto".
         names: what the two towers are called in errors.
     """
-    rows, columns, split = _towers(x, y, names, temperature=temperature, normalize=normalize, group=group, impl=impl)
+    rows, columns, split = _towers(
+        x, y, names, temperature=temperature, normalize=normalize, group=group, impl=impl
+    )
     positives = similarity.row_products(rows, columns)[:, None]
     if split.group is None:
         if not symmetric:
@@ -144,7 +158,9 @@ def queue_terms(
     """
     _checks.embeddings("negatives", queue)
     _checks.same_width(**{names[0]: x, "negatives": queue})
-    rows, columns, split = _towers(x, y, names, temperature=temperature, normalize=normalize, group=group, impl=impl)
+    rows, columns, split = _towers(
+        x, y, names, temperature=temperature, normalize=normalize, group=group, impl=impl
+    )
     positives = similarity.row_products(rows, columns)[:, None]
     queue = similarity.scaled_rows(queue, normalize=normalize)
     log_negatives = similarity.cross_log_sum_exp(rows, queue, impl=impl)

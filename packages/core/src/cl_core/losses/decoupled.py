@@ -125,7 +125,7 @@ def _terms(z1: Tensor, z2: Tensor, negatives: Negatives, name: str, **options: A
     _checks.choice("negatives", negatives, ("both", "cross"))
     if negatives == "both":
         views = view_terms((z1, z2), **options)
-        terms = PairTerms(views.positives[0], views.log_negatives, views.shard)
+        terms = PairTerms(views.positives()[0], views.log_negatives(), views.shard)
     else:
         terms = pair_terms(z1, z2, symmetric=True, names=("z1", "z2"), **options)
     if terms.shard.total < 2:

@@ -62,7 +62,9 @@ def info_nce_loss(
     names = ("query", "key")
     if negatives is None:
         if in_batch is False:
-            raise ValueError("in_batch=False needs negatives, got None: there would be nothing to compare with.")
+            raise ValueError(
+                "in_batch=False needs negatives, got None: there would be nothing to compare with."
+            )
         terms = pair_terms(query, key, symmetric=symmetric, names=names, **options)  # type: ignore[arg-type]
     elif symmetric:
         raise ValueError("symmetric=True needs negatives=None, got a queue: its rows are keys, not queries.")

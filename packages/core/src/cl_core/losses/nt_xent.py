@@ -56,7 +56,7 @@ def nt_xent_loss(
     """
     _checks.reduction(reduction)
     terms = view_terms(as_views(z1, z2), temperature=temperature, normalize=normalize, group=group, impl=impl)
-    values = F.softplus(terms.log_negatives - terms.positives, threshold=60)
+    values = F.softplus(terms.log_negatives() - terms.positives(), threshold=60)
     return reduce_views(values, reduction, terms.shard)
 
 

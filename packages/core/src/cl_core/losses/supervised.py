@@ -88,7 +88,9 @@ def sup_con_loss(
         values = F.softplus(comparison.log_sum("different") - log_positives, threshold=60)
     else:
         values = comparison.pair_sum(comparison.log_sum("different"))
-    result = reduce(values, reduction, split=comparison.split, valid=valid, weight=count if form == "pair" else None)
+    result = reduce(
+        values, reduction, split=comparison.split, valid=valid, weight=count if form == "pair" else None
+    )
     return result if base_temperature is None else result * (temperature / base_temperature)
 
 
@@ -128,7 +130,9 @@ class _Comparison:
                 over="different",
                 impl=self.impl,
             )
-        return similarity.cross_log_sum_exp(self.rows, self.columns, over=over, impl=self.impl, **self._keys())
+        return similarity.cross_log_sum_exp(
+            self.rows, self.columns, over=over, impl=self.impl, **self._keys()
+        )
 
     def pair_sum(self, offset: Tensor) -> Tensor:
         """Sum over an anchor's positives of softplus(offset - logit)."""
@@ -193,9 +197,7 @@ def _compare(
     column_labels = _dense_ranks(split.gather(labels))
     own = slice(split.offset, split.offset + len(labels))
     ids = torch.arange(len(columns), device=rows.device)
-    return _Comparison(
-        rows, columns, column_labels[own], column_labels, ids[own], ids, split, bound, impl
-    )
+    return _Comparison(rows, columns, column_labels[own], column_labels, ids[own], ids, split, bound, impl)
 
 
 def _dense_ranks(labels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from cl_core.losses import ContrastiveLoss, LabelledLoss, QueryKeyLoss, TwoViewLoss
+from cl_core.losses import ContrastiveLoss, LabelledLoss, QueryKeyLoss, QueueLoss, TwoViewLoss
 from cl_core.testing.ranks import Ranks
 
 LossClass: TypeAlias = type[ContrastiveLoss]
@@ -65,20 +65,24 @@ def options(loss: LossClass) -> set[str]:
 def inputs(
     loss: LossClass, rows: int = 12, width: int = 6, *, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> Inputs:
-    """Random inputs of the kind a loss is called with; embeddings require a gradient."""
+    """Random inputs of the kind a loss is called with; embeddings require a gradient; with a queue the query alone."""
     generator = torch.Generator().manual_seed(seed)
 
-    def embeddings() -> Tensor:
-        z = torch.randn(rows, width, generator=generator, dtype=torch.float64)
-        return z.to(dtype).requires_grad_()
+    def embeddings(rows: int) -> Tensor:
+        return torch.randn(rows, width, generator=generator, dtype=torch.float64)
 
-    if issubclass(loss, TwoViewLoss | QueryKeyLoss):
-        first = embeddings()
-        second = (first.detach() + 0.7 * embeddings().detach()).requires_grad_()
-        return first, second
+    if issubclass(loss, TwoViewLoss | QueryKeyLoss | QueueLoss):
+        first, noise = embeddings(rows), embeddings(rows)
+        query, key = first.to(dtype), (first + 0.7 * noise).to(dtype)
+        query.requires_grad_()
+        return (
+            (query, key, embeddings(rows).to(dtype))
+            if issubclass(loss, QueueLoss)
+            else (query, key.requires_grad_())
+        )
     if issubclass(loss, LabelledLoss):
-        return embeddings(), torch.arange(rows) % max(1, rows // 3)
-    raise TypeError(f"{loss.__name__} must derive from TwoViewLoss, QueryKeyLoss or LabelledLoss.")
+        return embeddings(rows).to(dtype).requires_grad_(), torch.arange(rows) % max(1, rows // 3)
+    raise TypeError(f"{loss.__name__} must derive from TwoViewLoss, QueryKeyLoss, QueueLoss or LabelledLoss.")
 
 
 def _check(*needs: str) -> Callable[[Callable[[LossClass], None]], Callable[[LossClass], None]]:
@@ -128,7 +132,7 @@ def _gives_a_differentiable_scalar(loss: LossClass) -> None:
     assert value.dtype == torch.float32, f"{value.dtype}"
     value.backward()
     for tensor in given:
-        if tensor.is_floating_point():
+        if tensor.requires_grad:
             assert tensor.grad is not None
             assert tensor.grad.isfinite().all()
             assert tensor.grad.abs().max() > 0
@@ -216,7 +220,7 @@ def _temperature_gets_its_gradient(loss: LossClass) -> None:
 def _second_derivative_is_right_or_refused(loss: LossClass) -> None:
     given = inputs(loss, rows=5, width=3)
     _gradcheck(torch.autograd.gradgradcheck, loss(impl="dense"), given)
-    embeddings = [t for t in given if t.is_floating_point()]
+    embeddings = [t for t in given if t.requires_grad]
     gradients = torch.autograd.grad(loss(impl="tiled")(*given), embeddings, create_graph=True)
     try:
         torch.autograd.grad(sum(g.square().sum() for g in gradients), embeddings)  # type: ignore[arg-type]
@@ -265,7 +269,7 @@ def _extremes(loss: LossClass) -> Iterator[tuple[str, Inputs]]:
     yield "identical rows", _with_embeddings(given, lambda z: z[:1].expand(8, 8).contiguous())
     yield "duplicate rows", _with_embeddings(given, lambda z: z[torch.arange(8) // 2])
     yield "orthogonal rows", _with_embeddings(given, lambda z: torch.eye(8))
-    if isinstance(loss(), TwoViewLoss | QueryKeyLoss):
+    if issubclass(loss, TwoViewLoss | QueryKeyLoss):
         yield "identical views", (given[0], given[0].clone())
         yield "antipodal views", (given[0], -given[0])
     if issubclass(loss, LabelledLoss):
@@ -310,7 +314,9 @@ def _compiles_to_one_graph(loss: LossClass) -> None:
         module = loss() if impl is None else loss(impl=impl)
         torch.compiler.reset()
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        _assert_close(_value_and_gradients(compiled, given), _value_and_gradients(module, given), f"impl={impl}")  # type: ignore[arg-type]
+        _assert_close(
+            _value_and_gradients(compiled, given), _value_and_gradients(module, given), f"impl={impl}"
+        )  # type: ignore[arg-type]
 
 
 @_check()
@@ -378,11 +384,15 @@ def check_group(loss: LossClass, ranks: Ranks, world_size: int, **hyperparameter
     given = tuple(t.detach() for t in inputs(loss, rows=sum(_SPLITS[world_size]), width=5))
     single_loss, single_gradients = encoded_loss(None, loss, given, hyperparameters)
     parts = [t.split(list(_SPLITS[world_size])) for t in given]
+    if issubclass(loss, QueueLoss):  # the same on all ranks
+        parts[-1] = (given[-1],) * world_size
     results = ranks.run(_rank_loss, loss, parts, hyperparameters, world_size=world_size)
     losses, gradients = zip(*results, strict=True)
     _assert_close(torch.stack(losses).mean(), single_loss, f"loss on {world_size} ranks", rtol=1e-6)
     for one, *others in zip(single_gradients, *gradients, strict=True):
-        _assert_close(torch.stack(others).mean(0), one, f"gradient on {world_size} ranks", rtol=1e-6, atol=1e-9)
+        _assert_close(
+            torch.stack(others).mean(0), one, f"gradient on {world_size} ranks", rtol=1e-6, atol=1e-9
+        )
 
 
 def encoded_loss(
@@ -393,7 +403,7 @@ def encoded_loss(
     weight = torch.linspace(-1, 1, width * 4, dtype=torch.float64).sin().view(width, 4).requires_grad_()
     arguments = dict(hyperparameters)
     module = loss(group=group, **arguments)
-    parameters = [weight]
+    parameters = [weight, *module.double().parameters()]
     if "temperature" in options(loss):
         module.temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
         parameters.append(module.temperature)

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cl_core.training import artifacts
+from cl_core.training.checkpoints import Checkpointing
+from cl_core.training.evaluating import Evaluation, evaluate
+from cl_core.training.fit import Monitoring, TrainerOptions, fit
+from cl_core.training.optimization import Optimization
+
+CPU = {"accelerator": "cpu", "progress_bar": False}
+EVALUATION = Evaluation(neighbours=(5,), regularizations=(1e-2,))
+
+
+class Killed(Exception):
+    """Stands for a process that ends at once."""
+
+
+def run(tiny, kind=None, *, kill_at=None, epochs=3, method=None, data=None, **arguments):
+    """Fit the tiny method; ``kill_at`` ends it inside that optimiser step."""
+    method = method or tiny.method(kind or tiny.TinyMethod)
+    if kill_at is not None:
+        after = method.after_step
+
+        def after_step(progress):
+            after(progress)
+            if progress.step == kill_at:
+                raise Killed
+
+        method.after_step = after_step
+    arguments.setdefault("trainer", TrainerOptions(max_epochs=epochs, **CPU))
+    arguments.setdefault("evaluation", EVALUATION)
+    return fit(method, data or tiny.TinyData(), **arguments)
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_writes_its_folder(tiny):
+    drawn = []
+    result = run(tiny, artist=drawn.append, name="a name/x", monitor=Monitoring(knn_every_epochs=2))
+    folder = result.run.path
+    assert folder == Path("runs/a-name-x-001")
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {
+        "config.yaml",
+        "versions.json",
+        "metrics.csv",
+        "metrics.json",
+        "similarities.safetensors",
+        "checkpoints/last.ckpt",
+        "export/config.json",
+        "export/model.safetensors",
+    }
+    assert json.loads((folder / "versions.json").read_text())["torch"] == torch.__version__
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["trained"] == evaluate(result.method, tiny.TinyData(), EVALUATION)
+    assert metrics["untrained"] == evaluate(tiny.method(), tiny.TinyData(), EVALUATION)
+    assert metrics["untrained"] != metrics["trained"]
+    assert 0.5 < metrics["raw"]["linear"] <= 1
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 4
+    assert "train/loss" in lines[0]
+    assert [row["step"] for row in result.table] == [5, 10, 15]
+    assert ["validation/knn" in row for row in result.table] == [False, True, False]
+    assert drawn[0].embeddings["test"][0].shape == (44, 5)
+    assert run(tiny, name="a name/x").run.path == Path("runs/a-name-x-002")
+    same(artifacts.load_export(folder / "export").state_dict(), result.method.state_dict())
+
+
+def test_training_lowers_the_loss(tiny):
+    result = run(tiny, epochs=12, optimization=Optimization(lr=0.01), method=tiny.method(dropout=0.0))
+    assert result.table[-1]["train/loss"] < result.table[0]["train/loss"] - 0.1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["TinyMethod", "TwoOptimisers", "TakingTurns"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_hooks_are_called_once_a_step(tiny, kind, accumulate, precision):
+    options = TrainerOptions(
+        max_epochs=2, accumulate_grad_batches=accumulate, precision=precision, gradient_clip_val=1.0, **CPU
+    )
+    if kind == "TakingTurns" and accumulate > 1:
+        with pytest.raises(ValueError, match="TakingTurns makes its own updates"):
+            run(tiny, getattr(tiny, kind), trainer=options)
+        return
+    method = run(tiny, getattr(tiny, kind), trainer=options, monitor=Monitoring(None)).method
+    steps = {1: 5, 2: 3}[accumulate]
+    hooks = ["fit"] + (["epoch"] + ["step"] * steps) * 2
+    assert [name for name, _ in method.calls] == hooks
+    progress = [progress for name, progress in method.calls if name == "step"]
+    assert [p.step for p in progress] == list(range(1, 2 * steps + 1))
+    assert {(p.total_steps, p.total_epochs) for p in progress} == {(2 * steps, 2)}
+    assert [p.epoch for p in progress] == [0] * steps + [1] * steps
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_optimisers_on_one_loss_equal_one(tiny, accumulate):
+    class OneOptimiser(tiny.TwoOptimisers):
+        def parameter_groups(self, weight_decay):
+            return [
+                {name: value for name, value in group.items() if name != "optimizer"}
+                for group in super().parameter_groups(weight_decay)
+            ]
+
+    options = TrainerOptions(max_epochs=2, accumulate_grad_batches=accumulate, **CPU)
+    runs = [
+        run(tiny, kind, trainer=options, optimization=Optimization(weight_decay=0.0))
+        for kind in (tiny.TwoOptimisers, OneOptimiser)
+    ]
+    for name, value in runs[0].method.state_dict().items():
+        torch.testing.assert_close(value, runs[1].method.state_dict()[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["TinyMethod", "TwoOptimisers", "TakingTurns"])
+@pytest.mark.parametrize("steps", [3, 7])
+def test_max_steps_counts_optimiser_steps(tiny, kind, steps):
+    options = TrainerOptions(max_epochs=3, max_steps=steps, **CPU)
+    result = run(tiny, getattr(tiny, kind), trainer=options)
+    assert result.metrics["steps"] == steps
+    assert result.table[-1]["step"] == steps
+
+
+# 5 batches an epoch: before the first save, in the middle, at the last batch of an epoch, after an epoch.
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "kill_at"),
+    [("TinyMethod", 1, step) for step in (1, 4, 5, 6, 8, 10, 14)]
+    + [("TinyMethod", 2, 5), ("TwoOptimisers", 2, 5), ("TakingTurns", 1, 8)],
+)
+def test_resume_is_exact(tiny, kind, accumulate, kill_at):
+    arguments = {
+        "trainer": TrainerOptions(max_epochs=3, accumulate_grad_batches=accumulate, **CPU),
+        "checkpoint": Checkpointing(every_steps=2),
+        "monitor": Monitoring(knn_every_epochs=1, moving_average=0.9),
+    }
+    whole = run(tiny, getattr(tiny, kind), run_dir="whole", **arguments)
+    with pytest.raises(Killed):
+        run(tiny, getattr(tiny, kind), run_dir="cut", kill_at=kill_at, **arguments)
+    torch.rand(3)  # whatever else draws
+    cut = run(tiny, getattr(tiny, kind), resume="cut", **arguments)
+    same(whole.method.state_dict(), cut.method.state_dict())
+    for name in ("metrics.csv", "metrics.json", "similarities.safetensors"):
+        assert Path("whole", name).read_bytes() == Path("cut", name).read_bytes(), name
+
+
+def test_workers_do_not_change_a_run(tiny):
+    plain = run(tiny, epochs=2)
+    workers = run(tiny, epochs=2, data=tiny.TinyData(num_workers=1))
+    same(plain.method.state_dict(), workers.method.state_dict())
+
+
+def test_resume_refuses_other_data(tiny):
+    with pytest.raises(Killed):
+        run(tiny, run_dir="cut", kill_at=7)
+    with pytest.raises(ValueError, match="counts 5 batches an epoch, this run 11"):
+        run(tiny, resume="cut", data=tiny.TinyData(batch_size=4))
+
+
+CHILD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("tiny_conftest", sys.argv[1])
+tiny = importlib.util.module_from_spec(spec)
+sys.modules["tiny_conftest"] = tiny
+spec.loader.exec_module(tiny)
+import os, signal, torch
+from cl_core.training.checkpoints import Checkpointing
+from cl_core.training.evaluating import Evaluation
+from cl_core.training.fit import TrainerOptions, fit
+
+class Dies(tiny.TinyMethod):
+    def after_step(self, progress):
+        if progress.step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.manual_seed(0)
+fit(
+    Dies(tiny.TinyEncoder(), tiny.TinyLoss()),
+    tiny.TinyData(),
+    trainer=TrainerOptions(max_epochs=3, accelerator="cpu", progress_bar=False),
+    checkpoint=Checkpointing(every_steps=2),
+    evaluation=Evaluation(neighbours=(5,), regularizations=(1e-2,)),
+    run_dir="cut",
+)
+"""
+
+
+def test_resume_after_sigkill_in_the_middle_of_an_epoch(tiny):
+    conftest = Path(__file__).with_name("conftest.py")
+    done = subprocess.run([sys.executable, "-c", CHILD, str(conftest)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    cut = run(tiny, resume="cut", checkpoint=Checkpointing(every_steps=2))
+    whole = run(tiny)
+    same(whole.method.state_dict(), cut.method.state_dict())
+    assert whole.metrics == cut.metrics
+
+
+def test_ctrl_c_saves_after_the_batch_and_can_be_resumed(tiny):
+    whole = run(tiny, run_dir="whole")
+    handler = signal.getsignal(signal.SIGINT)
+    method = tiny.method()
+    after = method.after_step
+
+    def after_step(progress):
+        after(progress)
+        if progress.step == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    method.after_step = after_step
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, run_dir="cut", method=method)
+    assert signal.getsignal(signal.SIGINT) is handler
+    del method.after_step
+    resumed = run(tiny, resume="cut")
+    assert resumed.method.calls[1][1].step == 8
+    same(whole.method.state_dict(), resumed.method.state_dict())
+
+
+def test_the_second_ctrl_c_interrupts_at_once_and_keeps_the_last_checkpoint(tiny):
+    method = tiny.method()
+    after = method.after_step
+
+    def after_step(progress):
+        after(progress)
+        if progress.step == 8:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    method.after_step = after_step
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, run_dir="cut", method=method)
+    resumed = run(tiny, resume="cut")
+    assert resumed.method.calls[1][1].step == 5
+    same(run(tiny).method.state_dict(), resumed.method.state_dict())
+
+
+def test_training_outside_the_main_thread(tiny):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(tiny, epochs=1)))
+    thread.start()
+    thread.join()
+    assert results[0].metrics["steps"] == 5
+
+
+def test_kept_checkpoints(tiny):
+    policy = Checkpointing(every_epochs=4, keep_every_epochs=2)
+    folder = run(tiny, epochs=5, checkpoint=policy).run.checkpoints
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "epoch-0002.ckpt",
+        "epoch-0004.ckpt",
+        "last.ckpt",
+    ]
+
+
+def test_init_from_a_run_an_export_or_a_checkpoint(tiny):
+    first = run(tiny, run_dir="first")
+    for source in ("first", "first/export", "first/checkpoints/last.ckpt"):
+        method = tiny.method(seed=5)
+        options = TrainerOptions(max_epochs=1, limit_train_batches=1, **CPU)
+        result = run(
+            tiny, method=method, init_from=source, trainer=options, optimization=Optimization(lr=1e-9)
+        )
+        for name, value in result.method.state_dict().items():
+            torch.testing.assert_close(value, first.method.state_dict()[name])
+        assert result.metrics["kept_initial"] == []
+        assert result.metrics["untrained"] == evaluate(tiny.method(seed=5), tiny.TinyData(), EVALUATION)
+    with pytest.raises(FileNotFoundError, match="nowhere is neither a run"):
+        run(tiny, init_from="nowhere")
+
+
+def test_an_existing_run_is_not_overwritten(tiny):
+    run(tiny, run_dir="here")
+    with pytest.raises(FileExistsError, match="here already holds a run: go on with --resume here"):
+        run(tiny, run_dir="here")
+    with pytest.raises(FileNotFoundError, match="nowhere is not a run"):
+        run(tiny, resume="nowhere")
+
+
+def test_a_full_disk_is_said_in_one_sentence_and_loses_nothing(tiny, monkeypatch):
+    written = torch.save
+    saves = []
+
+    def save(value, path, **arguments):
+        saves.append(path)
+        if len(saves) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(value, path, **arguments)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match=r"cannot write cut.checkpoints.last.ckpt: the disk is full"):
+        run(tiny, run_dir="cut")
+    assert [path.name for path in Path("cut/checkpoints").iterdir()] == ["last.ckpt"]
+    resumed = run(tiny, resume="cut")
+    assert resumed.method.calls[1][1].step == 5
+    same(run(tiny).method.state_dict(), resumed.method.state_dict())
+
+
+def test_a_folder_that_cannot_be_written(tiny):
+    Path("file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write file.run: .*; what was written before is untouched"):
+        run(tiny, run_dir="file/run")
+
+
+def test_what_cannot_be_exported_is_refused_before_training(tiny):
+    method = tiny.method()
+    method.encoder.width = torch.nn.functional.relu
+    with pytest.raises(TypeError, match=r"model.encoder.width"):
+        run(tiny, method=method)
+    assert not Path("runs").exists()
+
+
+def test_data_without_labels_trains_and_is_not_evaluated(tiny):
+    class Unlabelled(tiny.TinyData):
+        num_classes = None
+
+    result = run(tiny, data=Unlabelled())
+    assert "trained" not in result.metrics
+    assert result.metrics["steps"] == 15
+
+
+def test_a_loss_must_be_named(tiny):
+    class Nameless(tiny.TinyMethod):
+        def loss(self, batch):
+            return {"norm": self.encoder(batch[0]).norm()}
+
+    with pytest.raises(ValueError, match=r"Nameless.loss must return .* got keys 'norm'"):
+        run(tiny, Nameless)
