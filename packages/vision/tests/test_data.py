@@ -26,7 +26,7 @@ from cl_vision.data import (
     collate_views,
     stratified_split,
 )
-from cl_vision.transforms import SimCLRTransform, SmallGrayTransform
+from cl_vision.transforms import SimCLRTransform, SmallGrayTransform, ViewTransform
 
 CL_DATA = os.environ.get("CL_DATA")
 
@@ -149,6 +149,14 @@ def test_digits_train_and_evaluate():
     pixels = torch.stack([data.evaluation_dataset("train")[row][0] for row in range(300)])
     assert abs(pixels.mean()) < 0.1
     assert abs(pixels.std() - 1) < 0.1
+
+
+def test_training_and_evaluation_see_one_scale():
+    data = Digits(transform=ViewTransform(lambda image: image.float() / 255))
+    train, plain = data.train_dataset(), data.evaluation_dataset("train")
+    for row in (0, 7):
+        torch.testing.assert_close(train[row].views[0], plain[row][0])
+        assert train[row].labels == plain[row][1]
 
 
 def test_digits_refuse_bad_settings():

@@ -93,6 +93,15 @@ def test_grey_folder_normalises_one_channel(labelled):
     assert data.train_dataset()[0].views[0].shape == (1, 8, 8)
 
 
+def test_given_mean_and_deviation_are_used(labelled):
+    plain = ImageFolder(root=labelled, image_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    scaled = ImageFolder(root=labelled, image_size=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    one, other = plain.evaluation_dataset("test")[0][0], scaled.evaluation_dataset("test")[0][0]
+    torch.testing.assert_close(other, 4 * (one - 0.5))
+    with pytest.raises(ValueError, match="mean must hold one number a channel, 1, got 3"):
+        ImageFolder(root=labelled, channels=1, mean=(0.5, 0.5, 0.5))
+
+
 def damage(labelled):
     """Truncate one file, replace another by text; return both."""
     truncated, foreign = labelled / "dog" / "3.jpg", labelled / "cat" / "5.png"

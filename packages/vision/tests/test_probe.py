@@ -41,6 +41,22 @@ def test_separable_classes_are_found(folder):
     assert method.scale.item() == 1.0
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_method_sees_the_images_it_was_trained_for(folder, channels):
+    seen = []
+
+    class Watching(Colours):
+        def embed(self, images):
+            seen.append(images)
+            return super().embed(images)
+
+    probe_folder(
+        Watching(), folder, image_size=8, channels=channels, mean=(2.0,) * channels, std=(0.5,) * channels
+    )
+    assert all(images.shape[1:] == (channels, 8, 8) for images in seen)
+    assert all(-4 <= images.min() <= images.max() <= -2 for images in seen)
+
+
 def test_shuffled_classes_are_not_found(folder):
     names = sorted(path for path in folder.rglob("*.png"))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(1)).tolist()

@@ -82,6 +82,9 @@ class ImageFolder(ImageData):
         if channels == 1:
             self.mean, self.std = (0.449,), (0.226,)
         self.mean, self.std = mean or self.mean, std or self.std
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels:
+                raise ValueError(f"{name} must hold one number a channel, {channels}, got {len(values)}.")
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
