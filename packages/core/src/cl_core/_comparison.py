@@ -102,7 +102,9 @@ class Comparison:
         return torch.cat([self.masks(part)[0].any(1) for part in self.parts()])
 
     def most_positives(self) -> int:
-        """Largest number of positives that an anchor can have."""
+        """Largest number of positives that an anchor can have; while compiling, where labels are unknown, a bound."""
+        if torch.compiler.is_compiling():
+            return len(self.columns)
         return int(torch.unique(self.column_labels, return_counts=True)[1].max())
 
     def each(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
