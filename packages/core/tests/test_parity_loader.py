@@ -198,3 +198,19 @@ def test_tolerance_of_similarity_losses_scales_with_temperature_and_anchors():
     assert parity.similarity_tolerance(torch.float64).relative == 1e-10
     with pytest.raises(ValueError, match=r"dtype must be torch.float64 or torch.float32, got torch.bfloat16"):
         parity.similarity_tolerance(torch.bfloat16)
+
+
+def test_kinds_of_several_modules_are_merged(write, arrays_folder, monkeypatch, tmp_path):
+    beside = arrays_folder.parent / "test_toy.py"
+    with pytest.raises(ValueError, match="no kinds of 'toy'"):
+        parity.kinds("toy", beside=beside)
+    (arrays_folder / "first.py").write_text("def run(arrays): return 1\nKINDS = {'a': run}\n")
+    (arrays_folder / "second.py").write_text("KINDS = {'b': 2, 'b_c': 3}\n")
+    (arrays_folder / "_shared.py").write_text("")
+    monkeypatch.setenv(parity.VARIABLE, str(tmp_path / "elsewhere"))  # moves the arrays, not the code
+    merged = parity.kinds("toy", beside=beside)
+    assert merged["a"](None) == 1
+    assert {kind: merged[kind] for kind in ("b", "b_c")} == {"b": 2, "b_c": 3}
+    (arrays_folder / "third.py").write_text("KINDS = {'b': 4}\n")
+    with pytest.raises(ValueError, match=r"b of 'toy' are claimed twice, the second time by third\.py"):
+        parity.kinds("toy", beside=beside)

@@ -25,9 +25,11 @@ Numpy reads the files (without pickle) and is imported when the first one is ope
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +98,34 @@ def cases(slug: str, *, beside: str | Path) -> list[Case]:
     if not files:
         raise FileNotFoundError(f"no parity arrays of {slug!r}: {where} holds no .npz file.")
     return [Case(slug, path) for path in files]
+
+
+def kinds(slug: str, *, beside: str | Path) -> dict[str, Any]:
+    """The ``KINDS`` of all modules in the slug's folder beside the test module, merged.
+
+    For a slug of so many kinds that one file would be too long: test files cannot import each other, so what
+    runs the kinds lies in ``<slug>/*.py`` and the one test module, which claims every file, stays short.
+
+    Raises:
+        ValueError: if there is no module, or two claim the same kind.
+    """
+    merged: dict[str, Any] = {}
+    where = Path(beside).resolve().parent / slug
+    for file in sorted(where.glob("[!_]*.py")):
+        name = f"_parity_{slug}_{file.stem}".replace("-", "_")
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # listed, so that ranks find it
+        spec.loader.exec_module(module)
+        if twice := sorted(merged.keys() & module.KINDS.keys()):
+            raise ValueError(
+                f"{', '.join(twice)} of {slug!r} are claimed twice, the second time by {file.name}."
+            )
+        merged |= module.KINDS
+    if not merged:
+        raise ValueError(f"no kinds of {slug!r}: {where} holds no module with KINDS.")
+    return merged
 
 
 @dataclass(frozen=True)
