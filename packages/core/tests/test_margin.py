@@ -327,6 +327,29 @@ def test_coinciding_rows_are_at_distance_zero():
     torch.testing.assert_close(value, 2 - distance)
 
 
+@any_tiles
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rounding_does_not_part_coinciding_rows(dtype):
+    z, _ = batch(0, rows=40, width=33, dtype=dtype)
+    z = z.detach().repeat(3, 1)
+    labels = torch.arange(40).repeat(3)
+    assert contrastive_margin_loss(z, labels, negative_margin=0.0) == 0
+    pairs = mine_pair_margin(z, labels, positive_margin=0.0, negative_margin=0.0)
+    assert len(pairs.positive) == 0
+    every = mine_pair_margin(z, labels, positive_margin=-1.0)
+    assert contrastive_margin_loss(z, labels, negative_margin=0.0, pairs=every, reduction="sum") == 0
+
+
+def test_multi_similarity_at_extreme_sharpness():
+    z, labels = batch(0, dtype=torch.float32)
+    for alpha, beta in ((2.0, 2000.0), (2000.0, 50.0)):
+        value = multi_similarity_loss(z, labels, alpha=alpha, beta=beta)
+        exact = multi_similarity_loss(z.detach().double(), labels, alpha=alpha, beta=beta)
+        assert value.isfinite()
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
+        assert torch.autograd.grad(value, z)[0].isfinite().all()
+
+
 @each_function
 @any_tiles
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -230,6 +230,17 @@ def test_nearest_negatives(setting, seed):
         assert mine_nearest_negatives(z, labels, k=k, **candidates).tolist() == expected
 
 
+@any_tiles
+def test_a_copy_in_the_queue_is_no_negative_even_without_labels():
+    z, _, candidates = queued(0)
+    candidates["ref_labels"] = 100 + torch.arange(len(candidates["ref"]))
+    nearest = mine_nearest_negatives(z, torch.arange(14), k=1, **candidates)
+    assert (nearest[:3, 0] != torch.arange(3)).all()
+    del candidates["ids"], candidates["ref_ids"]
+    nearest = mine_nearest_negatives(z, torch.arange(14), k=1, **candidates)
+    assert (nearest[:3, 0] == torch.arange(3)).all()
+
+
 def test_nearest_negatives_build_hard_batches():
     z, _ = batch(0, rows=60)
     neighbours = mine_nearest_negatives(z, torch.arange(60), k=3)
@@ -243,6 +254,7 @@ def test_distance_weighted_draws_as_its_density_says(setting):
     naive = Naive(z, labels, **candidates)
     width, nearest, farthest = z.shape[1], 0.6, 1.5
     drawn: Counter[tuple[int, int, int]] = Counter()
+    unlike = 0  # anchors whose positives drew different negatives
     draws = 400
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
@@ -251,6 +263,8 @@ def test_distance_weighted_draws_as_its_density_says(setting):
         )
         listed = tuples(*found)
         drawn.update(listed)
+        unlike += len({(a, n) for a, _, n in listed}) - len({a for a, _, _ in listed})
+    assert unlike > draws
     pairs = {(a, p) for a, p, _ in listed}
     weights = {}
     for a in naive.rows:

@@ -233,9 +233,7 @@ def mine_distance_weighted(
             ) - 1
             n = torch.minimum(torch.searchsorted(share, drawn, right=True), last)
             a, p = (positive & eligible.any(1, keepdim=True)).nonzero(as_tuple=True)
-            turn = torch.arange(len(a), device=z.device) - torch.searchsorted(
-                a, a
-            )  # which positive of its anchor
+            turn = _rank_in_run(a)  # which of its anchor's positives
             found.append(torch.stack([a + part.start, p, n[a, turn]]))
         return Triplets(*torch.cat(found, dim=1).unbind())
 
@@ -310,10 +308,13 @@ def _at_most(triplets: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor
     """The ``count`` triplets of every anchor with the smallest keys, in the order they came in."""
     order = keys.argsort(stable=True)
     order = order[triplets[0, order].argsort(stable=True)]
-    anchor = triplets[0, order].contiguous()
-    rank = torch.arange(len(order), device=keys.device) - torch.searchsorted(anchor, anchor)
-    kept = order[rank < count].sort().values
+    kept = order[_rank_in_run(triplets[0, order]) < count].sort().values
     return triplets[:, kept], keys[kept]
+
+
+def _rank_in_run(ordered: Tensor) -> Tensor:
+    """0, 1, ... within every run of equal values: (4, 4, 7, 7, 7) gives 0 1 0 1 2."""
+    return torch.arange(len(ordered), device=ordered.device) - torch.searchsorted(ordered, ordered)
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
