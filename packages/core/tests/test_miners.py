@@ -390,6 +390,7 @@ Z, Y = batch(0)
         (lambda: mine_triplets(Z, Y, ids=Y), "ids and ref_ids must be given together"),
         (lambda: mine_triplets(Z, Y, ids=Y, ref_ids=Y), "ids must come with ref"),
         (lambda: mine_triplets(Z, Y, ref=Z, ref_labels=Y, ids=Y[1:], ref_ids=Y), r"ids must have shape \(14,\)"),
+        (lambda: mine_batch_hard(Z.tolist(), Y), "z must be a tensor of shape"),
         (lambda: mine_batch_hard(Z, Y, positive="soft"), "positive must be one of"),
         (lambda: mine_batch_hard(Z, Y, positive="semi-hard", negative="semi-hard"), "must not both be 'semi-hard'"),
         (lambda: mine_distance_weighted(Z, Y, nearest=0.0), "nearest must be finite and > 0, got 0.0"),

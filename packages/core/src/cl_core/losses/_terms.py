@@ -63,19 +63,21 @@ class _ByAnchor(torch.autograd.Function):
         of_rows, of_columns = torch.zeros_like(rows), torch.zeros_like(columns)
         for part in ctx.parts:
             with torch.enable_grad():
-                x, y = rows[part].detach().requires_grad_(), columns.detach().requires_grad_()
+                x = rows[part].detach().requires_grad_()
+                y = columns.detach().requires_grad_(ctx.needs_input_grad[1])  # a queue wants none
                 terms = ctx.function(x, y, part)
-            of_rows[part], of_y = torch.autograd.grad(terms, (x, y), gradient[part])
-            of_columns += of_y
+            of_x, *of_y = torch.autograd.grad(terms, (x, y) if y.requires_grad else (x,), gradient[part])
+            of_rows[part] = of_x
+            if of_y:
+                of_columns += of_y[0]
         return of_rows, of_columns, None, None
 
 
 def all_triplets(distance: Tensor, positive: Tensor, negative: Tensor, margin: float, most: int) -> Terms:
     """Sum and number of the hinges of all triplets, without listing them.
 
-    A negative at distance d meets the positives whose distance plus margin lies beyond d. With those
-    reaches sorted and summed up once, their number k comes from a search and their hinges add up to (sum of
-    the k largest) - k d.
+    A negative at distance d meets the positives whose distance plus margin lies beyond d. With these reaches sorted
+    and summed up once, their number k comes from a search and their hinges add up to (sum of the k largest) - k d.
     """
     reach = (distance + margin).masked_fill(~positive, -torch.inf).topk(most, dim=1).values
     summed = torch.where(reach > -torch.inf, reach, 0).cumsum(1)
@@ -165,7 +167,8 @@ class _ListedProducts(torch.autograd.Function):
         for part in _parts(x, i):
             weight = gradient[part, None]
             of_x.index_add_(0, i[part], weight * y[j[part]])
-            of_y.index_add_(0, j[part], weight * x[i[part]])
+            if ctx.needs_input_grad[1]:
+                of_y.index_add_(0, j[part], weight * x[i[part]])
         return of_x, of_y, None, None
 
 

@@ -75,11 +75,9 @@ def triplet_margin_loss(
         ValueError: if labels do not fit z, only one of ref and ref_labels is given, or a triplet names no
             row.
 
-    Cost: O(N M (D + log P)) time for anchors of P positives, O((N + M) D) memory; listed triplets: O(T D)
-        time.
-    Reference: Schroff et al., "FaceNet", CVPR 2015, arXiv 1503.03832, with distances instead of their
-        squares and the
-    mean over non-zero terms, as usual in metric-learning libraries.
+    Cost: O(N M (D + log P)) time for anchors of P positives, O((N + M) D) memory; T listed triplets: O(T D) time.
+    Reference: Schroff et al., "FaceNet", CVPR 2015, arXiv 1503.03832; here with distances instead of their
+    squares and the mean over non-zero terms, as metric-learning libraries have it.
     """
     _checks.number("margin", margin, at_least=0)
     _checks.reduction(reduction)
@@ -136,9 +134,8 @@ def contrastive_margin_loss(
         ValueError: if labels do not fit z, only one of ref and ref_labels is given, or a pair names no row.
 
     Cost: O(N M D) time, O((N + M) D) memory; listed pairs: O(P D) time.
-    Reference: Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006, with
-        hinges
-    instead of their squares and means over non-zero terms, as usual in metric-learning libraries.
+    Reference: Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006; here
+    with hinges instead of their squares and means over non-zero terms, as metric-learning libraries have it.
     """
     _checks.number("positive_margin", positive_margin, at_least=0)
     _checks.number("negative_margin", negative_margin, at_least=0)
@@ -203,8 +200,7 @@ def multi_similarity_loss(
         ValueError: if labels do not fit z, alpha or beta is not > 0, or a pair names no row.
 
     Cost: O(N M D) time, O((N + M) D) memory; listed pairs: O(P D) time.
-    Reference: Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning",
-        CVPR 2019,
+    Reference: Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR 2019,
     arXiv 1904.06627; the mean there is over all rows, those without a positive included.
     """
     _checks.positive("alpha", alpha)
@@ -212,7 +208,6 @@ def multi_similarity_loss(
     _checks.number("base", base)
     _checks.reduction(reduction)
     comparison = Comparison(z, labels, ref=ref, ref_labels=ref_labels, normalize=normalize)
-
     if pairs is None:
         log_positive, log_negative = _log_sums(z, ref, comparison, alpha, beta, normalize)
     else:
@@ -265,8 +260,8 @@ def circle_loss(
 ) -> Tensor:
     r"""Circle loss: each similarity is pulled the harder the farther it is from its optimum.
 
-        l_a = softplus( log sum_n exp(gamma [s_an + m]+ (s_an - m)) + log sum_p exp(-gamma [1 + m - s_ap]+
-        (s_ap - 1 + m)) )
+        l_a = softplus( log sum_n exp(gamma [s_an + m]+ (s_an - m))
+                        + log sum_p exp(-gamma [1 + m - s_ap]+ (s_ap - 1 + m)) )
 
     with the cosine similarity s and the weights [.]+ held constant in the gradient.
 

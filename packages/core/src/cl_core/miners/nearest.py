@@ -9,11 +9,12 @@ from torch import Tensor
 
 from cl_core import _checks
 from cl_core._comparison import Comparison, euclidean
-from cl_core._rows import measuring, tiles
+from cl_core._rows import tiles
 
 _TILE = 1024  # rows of either side
 
 
+@torch.no_grad()
 def mine_nearest_negatives(
     z: Tensor,
     labels: Tensor,
@@ -37,7 +38,7 @@ def mine_nearest_negatives(
         k: number of negatives a row.
         ref: candidates instead of the rows of z, shape (M, D).
         ref_labels: integers, shape (M,).
-        ids: which sample a row of z is, integers, shape (N,); see above.
+        ids: which sample a row of z is, integers, shape (N,); see :mod:`cl_core.miners`.
         ref_ids: which sample a row of ref is, integers, shape (M,).
         normalize: scale rows to unit length first.
 
@@ -50,23 +51,22 @@ def mine_nearest_negatives(
     Cost: O(N M D) time, O(N k) memory: both sides are taken in tiles.
     """
     _checks.count("k", k)
-    with measuring(z.device):
-        comparison = Comparison(
-            z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
-        )
-        found = []
-        for part in tiles(len(z), _TILE):
-            rows = comparison.rows[part]
-            best = rows.new_full((len(rows), k), math.inf)
-            index = torch.full((len(rows), k), -1, device=z.device)
-            for candidates in tiles(len(comparison.columns), max(k, _TILE)):
-                distance = euclidean(rows, comparison.columns[candidates])
-                same = comparison.row_labels[part, None] == comparison.column_labels[candidates]
-                if comparison.row_ids is not None and comparison.column_ids is not None:
-                    same |= comparison.row_ids[part, None] == comparison.column_ids[candidates]
-                distance.masked_fill_(same, math.inf)
-                places = torch.arange(candidates.start, candidates.stop, device=z.device).expand_as(distance)
-                best, order = torch.cat([best, distance], 1).topk(k, largest=False)
-                index = torch.cat([index, places.masked_fill(same, -1)], 1).gather(1, order)
-            found.append(index)
-        return torch.cat(found)
+    comparison = Comparison(
+        z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
+    )
+    found = []
+    for part in tiles(len(z), _TILE):
+        rows = comparison.rows[part]
+        best = rows.new_full((len(rows), k), math.inf)
+        index = torch.full((len(rows), k), -1, device=z.device)
+        for candidates in tiles(len(comparison.columns), max(k, _TILE)):
+            distance = euclidean(rows, comparison.columns[candidates])
+            same = comparison.row_labels[part, None] == comparison.column_labels[candidates]
+            if comparison.row_ids is not None and comparison.column_ids is not None:
+                same |= comparison.row_ids[part, None] == comparison.column_ids[candidates]
+            distance.masked_fill_(same, math.inf)
+            places = torch.arange(candidates.start, candidates.stop, device=z.device).expand_as(distance)
+            best, order = torch.cat([best, distance], 1).topk(k, largest=False)
+            index = torch.cat([index, places.masked_fill(same, -1)], 1).gather(1, order)
+        found.append(index)
+    return torch.cat(found)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cl_core import _checks
 from cl_core._comparison import Comparison
-from cl_core._rows import measuring
 
 
 class Pairs(NamedTuple):
@@ -24,6 +23,7 @@ class Pairs(NamedTuple):
     negative: Tensor
 
 
+@torch.no_grad()
 def mine_multi_similarity(
     z: Tensor,
     labels: Tensor,
@@ -46,7 +46,7 @@ def mine_multi_similarity(
         epsilon: slack >= 0.
         ref: candidates instead of the rows of z, shape (M, D).
         ref_labels: integers, shape (M,).
-        ids: which sample a row of z is, integers, shape (N,); see above.
+        ids: which sample a row of z is, integers, shape (N,); see :mod:`cl_core.miners`.
         ref_ids: which sample a row of ref is, integers, shape (M,).
         normalize: scale rows to unit length first; similarities are dot products.
 
@@ -57,30 +57,29 @@ def mine_multi_similarity(
         ValueError: if labels do not fit z, or epsilon < 0.
 
     Cost: O(N M D) time.
-    Reference: Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning",
-        CVPR 2019,
+    Reference: Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR 2019,
     arXiv 1904.06627.
     """
     _checks.number("epsilon", epsilon, at_least=0)
-    with measuring(z.device):
-        comparison = Comparison(
-            z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
-        )
-        found = []
-        for part, positive, negative in comparison.each():
-            s = comparison.similarities(part)
-            nearest_negative = s.masked_fill(~negative, -math.inf).amax(1, keepdim=True)
-            farthest_positive = s.masked_fill(~positive, math.inf).amin(1, keepdim=True)
-            found.append(
-                _pairs(
-                    part,
-                    positive & (s - epsilon < nearest_negative),
-                    negative & (s + epsilon > farthest_positive),
-                )
+    comparison = Comparison(
+        z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
+    )
+    found = []
+    for part, positive, negative in comparison.each():
+        s = comparison.similarities(part)
+        nearest_negative = s.masked_fill(~negative, -math.inf).amax(1, keepdim=True)
+        farthest_positive = s.masked_fill(~positive, math.inf).amin(1, keepdim=True)
+        found.append(
+            _pairs(
+                part,
+                positive & (s - epsilon < nearest_negative),
+                negative & (s + epsilon > farthest_positive),
             )
-        return _join(found)
+        )
+    return _join(found)
 
 
+@torch.no_grad()
 def mine_pair_margin(
     z: Tensor,
     labels: Tensor,
@@ -104,7 +103,7 @@ def mine_pair_margin(
         negative_margin: negatives at a smaller distance are kept.
         ref: candidates instead of the rows of z, shape (M, D).
         ref_labels: integers, shape (M,).
-        ids: which sample a row of z is, integers, shape (N,); see above.
+        ids: which sample a row of z is, integers, shape (N,); see :mod:`cl_core.miners`.
         ref_ids: which sample a row of ref is, integers, shape (M,).
         normalize: scale rows to unit length first.
 
@@ -118,17 +117,16 @@ def mine_pair_margin(
     """
     _checks.number("positive_margin", positive_margin, finite=False)
     _checks.number("negative_margin", negative_margin, finite=False)
-    with measuring(z.device):
-        comparison = Comparison(
-            z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
+    comparison = Comparison(
+        z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
+    )
+    found = []
+    for part, positive, negative in comparison.each():
+        distance = comparison.distances(part)
+        found.append(
+            _pairs(part, positive & (distance > positive_margin), negative & (distance < negative_margin))
         )
-        found = []
-        for part, positive, negative in comparison.each():
-            distance = comparison.distances(part)
-            found.append(
-                _pairs(part, positive & (distance > positive_margin), negative & (distance < negative_margin))
-            )
-        return _join(found)
+    return _join(found)
 
 
 class PairMiner:

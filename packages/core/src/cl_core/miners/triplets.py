@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_core import _checks
 from cl_core._comparison import Comparison
-from cl_core._rows import measuring, tiles
+from cl_core._rows import tiles
 
 Kind: TypeAlias = Literal["all", "hard", "semi-hard", "easy"]
 Hardness: TypeAlias = Literal["easy", "semi-hard", "hard"]
@@ -28,6 +28,7 @@ class Triplets(NamedTuple):
     negative: Tensor
 
 
+@torch.no_grad()
 def mine_triplets(
     z: Tensor,
     labels: Tensor,
@@ -60,7 +61,7 @@ def mine_triplets(
         generator: source of that draw.
         ref: candidates instead of the rows of z, shape (M, D).
         ref_labels: integers, shape (M,).
-        ids: which sample a row of z is, integers, shape (N,); see above.
+        ids: which sample a row of z is, integers, shape (N,); see :mod:`cl_core.miners`.
         ref_ids: which sample a row of ref is, integers, shape (M,).
         normalize: scale rows to unit length first.
 
@@ -78,32 +79,32 @@ def mine_triplets(
     _checks.number("margin", margin, at_least=0, finite=False)
     if max_per_anchor is not None:
         _checks.count("max_per_anchor", max_per_anchor)
-    with measuring(z.device):
-        comparison = Comparison(
-            z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
-        )
-        found = [_nothing(z.device, 3)]
-        for part, positive, negative in comparison.each():
-            distance = comparison.distances(part)
-            anchor, chosen = positive.nonzero(as_tuple=True)
-            kept = _nothing(z.device, 3)
-            keys = torch.empty(0, device=z.device)
-            for pairs in tiles(len(anchor), max(1, _CHUNK // negative.shape[1])):
-                a, p = anchor[pairs], chosen[pairs]
-                gap = distance[a] - distance[a, p][:, None]
-                found_here = negative[a] & _of_kind(gap, kind, margin)
-                if max_per_anchor is None:
-                    row, n = found_here.nonzero(as_tuple=True)
-                    kept = torch.cat([kept, torch.stack([a[row], p[row], n])], dim=1)
-                    continue
-                row, n, key = _draw(found_here, max_per_anchor, generator)
-                kept = torch.cat([kept, torch.stack([a[row], p[row], n])], dim=1)
-                kept, keys = _at_most(kept, torch.cat([keys, key]), max_per_anchor)
-            kept[0] += part.start
-            found.append(kept)
-        return Triplets(*torch.cat(found, dim=1).unbind())
+    comparison = Comparison(
+        z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
+    )
+    found = [_nothing(z.device, 3)]
+    for part, positive, negative in comparison.each():
+        distance = comparison.distances(part)
+        anchor, chosen = positive.nonzero(as_tuple=True)
+        pieces, keys = [_nothing(z.device, 3)], [torch.empty(0, device=z.device)]
+        for pairs in tiles(len(anchor), max(1, _CHUNK // negative.shape[1])):
+            a, p = anchor[pairs], chosen[pairs]
+            gap = distance[a] - distance[a, p][:, None]
+            of_kind = negative[a] & _of_kind(gap, kind, margin)
+            if max_per_anchor is None:
+                row, n = of_kind.nonzero(as_tuple=True)
+            else:
+                row, n, key = _draw(of_kind, max_per_anchor, generator)
+                keys.append(key)
+            pieces.append(torch.stack([part.start + a[row], p[row], n]))
+            if max_per_anchor is not None:
+                kept, key = _at_most(torch.cat(pieces, dim=1), torch.cat(keys), max_per_anchor)
+                pieces, keys = [kept], [key]
+        found += pieces
+    return Triplets(*torch.cat(found, dim=1).unbind())
 
 
+@torch.no_grad()
 def mine_batch_hard(
     z: Tensor,
     labels: Tensor,
@@ -130,7 +131,7 @@ def mine_batch_hard(
         negative: "hard", "easy" or, if ``positive`` is not, "semi-hard".
         ref: candidates instead of the rows of z, shape (M, D).
         ref_labels: integers, shape (M,).
-        ids: which sample a row of z is, integers, shape (N,); see above.
+        ids: which sample a row of z is, integers, shape (N,); see :mod:`cl_core.miners`.
         ref_ids: which sample a row of ref is, integers, shape (M,).
         normalize: scale rows to unit length first.
 
@@ -141,34 +142,33 @@ def mine_batch_hard(
         ValueError: if labels do not fit z, or both choices are "semi-hard".
 
     Cost: O(N M D) time.
-    Reference: Hermans et al., "In Defense of the Triplet Loss", arXiv 1703.07737; Xuan et al., "Improved
-        Embeddings
-    with Easy Positive Triplet Mining", WACV 2020, arXiv 1904.04370.
+    Reference: Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", arXiv 1703.07737;
+    Xuan et al., "Improved Embeddings with Easy Positive Triplet Mining", WACV 2020, arXiv 1904.04370.
     """
     _checks.choice("positive", positive, get_args(Hardness))
     _checks.choice("negative", negative, get_args(Hardness))
     if positive == negative == "semi-hard":
         raise ValueError("positive and negative must not both be 'semi-hard': each is relative to the other.")
-    with measuring(z.device):
-        comparison = Comparison(
-            z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
-        )
-        found = [_nothing(z.device, 3)]
-        for part, positives, negatives in comparison.each():
-            distance = comparison.distances(part)
-            if positive == "semi-hard":
-                n, reach = _extreme(distance, negatives, farthest=negative == "easy")
-                p, _ = _extreme(distance, positives & (distance < reach[:, None]), farthest=True)
-            else:
-                p, reach = _extreme(distance, positives, farthest=positive == "hard")
-                if negative == "semi-hard":
-                    negatives = negatives & (distance > reach[:, None])
-                n, _ = _extreme(distance, negatives, farthest=negative == "easy")
-            a = ((p >= 0) & (n >= 0)).nonzero().flatten()
-            found.append(torch.stack([a + part.start, p[a], n[a]]))
-        return Triplets(*torch.cat(found, dim=1).unbind())
+    comparison = Comparison(
+        z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
+    )
+    found = [_nothing(z.device, 3)]
+    for part, positives, negatives in comparison.each():
+        distance = comparison.distances(part)
+        if positive == "semi-hard":
+            n, reach = _extreme(distance, negatives, farthest=negative == "easy")
+            p, _ = _extreme(distance, positives & (distance < reach[:, None]), farthest=True)
+        else:
+            p, reach = _extreme(distance, positives, farthest=positive == "hard")
+            if negative == "semi-hard":
+                negatives = negatives & (distance > reach[:, None])
+            n, _ = _extreme(distance, negatives, farthest=negative == "easy")
+        a = ((p >= 0) & (n >= 0)).nonzero().flatten()
+        found.append(torch.stack([a + part.start, p[a], n[a]]))
+    return Triplets(*torch.cat(found, dim=1).unbind())
 
 
+@torch.no_grad()
 def mine_distance_weighted(
     z: Tensor,
     labels: Tensor,
@@ -197,7 +197,7 @@ def mine_distance_weighted(
         generator: source of the draws.
         ref: candidates instead of the rows of z, shape (M, D).
         ref_labels: integers, shape (M,).
-        ids: which sample a row of z is, integers, shape (N,); see above.
+        ids: which sample a row of z is, integers, shape (N,); see :mod:`cl_core.miners`.
         ref_ids: which sample a row of ref is, integers, shape (M,).
 
     Returns:
@@ -213,29 +213,27 @@ def mine_distance_weighted(
         _checks.positive(name, value)
     if not nearest < farthest <= 2:
         raise ValueError(f"nearest < farthest <= 2 must hold, got {nearest} and {farthest}.")
-    with measuring(z.device):
-        comparison = Comparison(z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids)
-        width = z.shape[1]
-        most = comparison.most_positives()
-        found = [_nothing(z.device, 3)]
-        for part, positive, negative in comparison.each():
-            distance = comparison.distances(part)
-            d = distance.clamp(nearest, farthest)
-            log_weight = (2 - width) * d.log() - (width - 3) / 2 * (1 - d * d / 4).clamp_min(1e-8).log()
-            eligible = negative & (distance < farthest)
-            log_weight = log_weight.masked_fill(~eligible, -math.inf)
-            top = log_weight.amax(1, keepdim=True).clamp_min(torch.finfo(d.dtype).min)
-            share = (log_weight - top).exp().cumsum(1)
-            drawn = _uniform((len(share), most), generator, z.device).to(d.dtype) * share[:, -1:]
-            # Rounding may lift a draw to the very end of the line, beyond the last eligible candidate.
-            last = (eligible * torch.arange(1, eligible.shape[1] + 1, device=z.device)).amax(
-                1, keepdim=True
-            ) - 1
-            n = torch.minimum(torch.searchsorted(share, drawn, right=True), last)
-            a, p = (positive & eligible.any(1, keepdim=True)).nonzero(as_tuple=True)
-            turn = _rank_in_run(a)  # which of its anchor's positives
-            found.append(torch.stack([a + part.start, p, n[a, turn]]))
-        return Triplets(*torch.cat(found, dim=1).unbind())
+    comparison = Comparison(z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids)
+    width = z.shape[1]
+    most = comparison.most_positives()
+    places = torch.arange(1, len(comparison.columns) + 1, device=z.device)
+    found = [_nothing(z.device, 3)]
+    for part, positive, negative in comparison.each():
+        distance = comparison.distances(part)
+        d = distance.clamp(nearest, farthest)
+        log_weight = (2 - width) * d.log() - (width - 3) / 2 * (1 - d * d / 4).clamp_min(1e-8).log()
+        eligible = negative & (distance < farthest)
+        log_weight = log_weight.masked_fill(~eligible, -math.inf)
+        top = log_weight.amax(1, keepdim=True).clamp_min(torch.finfo(d.dtype).min)
+        share = (log_weight - top).exp().cumsum(1)
+        drawn = _uniform((len(share), most), generator, z.device).to(d.dtype) * share[:, -1:]
+        # Rounding may lift a draw to the very end of the line, beyond the last eligible candidate.
+        last = (eligible * places).amax(1, keepdim=True) - 1
+        n = torch.minimum(torch.searchsorted(share, drawn, right=True), last)
+        a, p = (positive & eligible.any(1, keepdim=True)).nonzero(as_tuple=True)
+        turn = _rank_in_run(a)  # which of its anchor's positives
+        found.append(torch.stack([a + part.start, p, n[a, turn]]))
+    return Triplets(*torch.cat(found, dim=1).unbind())
 
 
 class TripletMiner:
