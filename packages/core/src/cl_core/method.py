@@ -66,7 +66,7 @@ class Method(nn.Module):
     def parameter_groups(self, weight_decay: float) -> Iterable[dict[str, Any]]:
         """Parameter groups for the optimiser; by default biases and vectors (norms) carry no weight decay.
 
-        A group may scale the learning rate by ``"lr_scale"``, and name its ``"optimizer"``: groups of one name
+        A group may scale the learning rate by ``"lr_scale"`` and name its ``"optimizer"``: groups of one name
         share an optimiser. All optimisers step on the one loss, unless :meth:`update` is defined.
         """
         decayed, exempt = [], []
@@ -79,7 +79,7 @@ class Method(nn.Module):
     def update(
         self, batch: Any, optimizers: Mapping[str, Optimizer], backward: Callable[[Tensor], None]
     ) -> Tensor | dict[str, Tensor]:
-        """Define it when optimisers take turns: do all steps of one batch, and return what :meth:`loss` returns.
+        """Define it when optimisers take turns: do all steps of one batch, return what :meth:`loss` would.
 
         Args:
             batch: the training batch.

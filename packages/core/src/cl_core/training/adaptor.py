@@ -1,0 +1,263 @@
+"""The Lightning module around a method."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cl_core.method import Method, Progress
+from cl_core.training.data import Data
+from cl_core.training.loader import TrainLoader
+from cl_core.training.optimization import Optimization
+
+STATE = "cl_core"
+"""Key of our entry in a checkpoint."""
+
+
+class LitMethod(pl.LightningModule):
+    """Any :class:`~cl_core.method.Method` under Lightning.
+
+    One optimiser runs under Lightning's automatic optimisation. Several, or a method with an
+    :meth:`~cl_core.method.Method.update` of its own, run under manual optimisation, for which Lightning's
+    Trainer knows neither accumulation nor clipping: give these here (:func:`cl_core.training.fit` does).
+
+    Checkpoints hold tensors and plain values only, among them the random state of every process, which is put
+    back where training goes on: what was drawn while everything was set up then leaves no trace.
+
+    Args:
+        method: what is trained; never pickled.
+        optimization: optimiser and learning rate.
+        accumulate_batches: batches an optimiser step, under manual optimisation.
+        gradient_clip: largest norm of the gradient of an optimiser, under manual optimisation; None for any.
+        max_steps: optimiser steps after which to stop, under manual optimisation; -1 for no such limit.
+        data: what to train on; None if the loader is given to the Trainer's ``fit``.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimization: Optimization | None = None,
+        *,
+        accumulate_batches: int = 1,
+        gradient_clip: float | None = None,
+        max_steps: int = -1,
+        data: Data | None = None,
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.optimization = optimization or Optimization()
+        self.accumulate_batches = accumulate_batches
+        self.gradient_clip = gradient_clip
+        self.max_steps = max_steps
+        self.data = data
+        self.own_update = type(method).update is not Method.update
+        self.named_optimizers = self.optimization.build(method)
+        self.automatic_optimization = len(self.named_optimizers) == 1 and not self.own_update
+        if self.own_update and accumulate_batches > 1:
+            raise ValueError(
+                f"{type(method).__name__} makes its own updates, so accumulate_grad_batches must be 1, "
+                f"got {accumulate_batches}."
+            )
+        self.steps_done = 0
+        self._batches: int | None = None  # of an epoch, as the checkpoint counts
+        self._random_state: dict[str, Any] | None = None
+        self.last_losses: dict[str, Tensor] = {}
+        self.epoch_metrics: dict[str, float] = {}
+        self.shown_metrics: dict[str, float] = {}
+
+    @property
+    def progress(self) -> Progress:
+        """Where training stands; needs a running trainer."""
+        trainer = self.trainer
+        accumulate, limit = self.accumulate_batches, self.max_steps
+        if self.automatic_optimization:
+            accumulate, limit = trainer.accumulate_grad_batches, trainer.max_steps
+        steps = math.ceil(trainer.num_training_batches / accumulate)
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        total = steps * epochs if epochs else limit
+        if limit > 0:
+            total = min(total, limit)
+        return Progress(
+            self.steps_done, int(total), trainer.current_epoch, epochs or math.ceil(total / max(1, steps))
+        )
+
+    def train_dataloader(self) -> TrainLoader:
+        """Loader of ``data``, made when the number of processes is known."""
+        if self.data is None:
+            raise ValueError("LitMethod has no data: pass data=..., or a loader to Trainer.fit.")
+        return TrainLoader(self.data, pin_memory=self.device.type == "cuda")
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """The method's optimisers; their rates are set before each step, so there is no scheduler."""
+        return list(self.named_optimizers.values())
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Embeddings, as ``method.embed``."""
+        return self.method.embed(inputs)
+
+    def on_train_start(self) -> None:
+        """Tell the method, after Lightning has restored everything, and put back the random state."""
+        if self._batches not in (None, self.trainer.num_training_batches):
+            raise ValueError(
+                f"the checkpoint counts {self._batches} batches an epoch, this run "
+                f"{self.trainer.num_training_batches}: resume with the same data, batch size and number of "
+                "processes, or start anew with --init_from."
+            )
+        self.method.on_fit_start(self.progress)
+        if self._random_state is not None:
+            restore_random_state(self._random_state)
+
+    def on_train_epoch_start(self) -> None:
+        """Tell the loader and the method which epoch begins."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, TrainLoader):
+            loader.set_epoch(self.trainer.current_epoch)
+        self._random_state = None  # a whole epoch begins: nothing was drawn since on_train_start
+        self.method.on_epoch_start(self.progress)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Put back the random state of a run resumed in the middle of an epoch; set the learning rates."""
+        if self._random_state is not None:
+            restore_random_state(self._random_state)
+            self._random_state = None
+        self.optimization.set_rates(self.named_optimizers, self.progress)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """One batch: under automatic optimisation its loss, else all of its updates."""
+        if self.automatic_optimization:
+            losses = self._losses(self.method(batch))
+            self._log(losses)
+            return losses["loss"]
+        if self.own_update:
+            losses = self._losses(
+                self.method.update(
+                    batch, self._lightning_optimizers(), lambda loss: self.manual_backward(loss)
+                )
+            )
+            self._after_step()
+        else:
+            losses = self._losses(self.method(batch))
+            self._shared_update(losses["loss"], batch_idx)
+        self._log(losses)
+        return None
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, then the method's ``after_step``: once a step, whatever is accumulated."""
+        super().optimizer_step(*args, **kwargs)
+        self._after_step()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip under manual optimisation; here gradients are no longer scaled for half precision."""
+        if not self.automatic_optimization and self.gradient_clip is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the step count and every process's random state, as tensors."""
+        checkpoint[STATE] = {
+            "steps_done": self.steps_done,
+            "batches": int(self.trainer.num_training_batches),
+            "random_states": _gathered(random_state()),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back."""
+        state = checkpoint[STATE]
+        self.steps_done, self._batches = state["steps_done"], state["batches"]
+        states = state["random_states"]
+        # Another number of processes is another training: nothing to be exact about.
+        self._random_state = states[self.global_rank] if len(states) == self.trainer.world_size else None
+
+    def report(self, name: str, value: float, *, show: str | None = None) -> None:
+        """Note a number of this epoch, for the table, the loggers and (under ``show``) the progress bar."""
+        self.epoch_metrics[name] = value
+        if show is not None:
+            self.shown_metrics[show] = value
+        if self.trainer.loggers:
+            self.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+
+    def _shared_update(self, loss: Tensor, batch_idx: int) -> None:
+        last = batch_idx + 1 == self.trainer.num_training_batches
+        steps = last or (batch_idx + 1) % self.accumulate_batches == 0
+        synchronise = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
+        with contextlib.nullcontext() if steps else synchronise():
+            self.manual_backward(loss / self.accumulate_batches)
+        if steps:
+            for optimizer in self._lightning_optimizers().values():
+                optimizer.step()
+                optimizer.zero_grad()
+            self._after_step()
+
+    def _lightning_optimizers(self) -> dict[str, Any]:
+        wrapped = self.optimizers()
+        return dict(
+            zip(self.named_optimizers, wrapped if isinstance(wrapped, list) else [wrapped], strict=True)
+        )
+
+    def _after_step(self) -> None:
+        self.steps_done += 1
+        self.method.after_step(self.progress)
+        if not self.automatic_optimization and 0 < self.max_steps <= self.steps_done:
+            self.trainer.should_stop = True
+
+    def _losses(self, losses: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        losses = {"loss": losses} if isinstance(losses, Tensor) else dict(losses)
+        if "loss" not in losses:
+            raise ValueError(
+                f"{type(self.method).__name__}.loss must return a scalar or a dict with a 'loss', "
+                f"got keys {', '.join(map(repr, losses)) or 'none'}."
+            )
+        return losses
+
+    def _log(self, losses: Mapping[str, Tensor]) -> None:
+        self.last_losses = {name: value.detach() for name, value in losses.items()}
+        if self.trainer.loggers:
+            self.log_dict({f"train/{name}": value for name, value in self.last_losses.items()})
+
+
+def random_state() -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's generators, as tensors and plain numbers."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    state: dict[str, Any] = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_version": version,
+        "python_gauss": gauss,
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy_position": int(position),
+        "numpy_has_gauss": int(has_gauss),
+        "numpy_gauss": float(cached),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Undo everything drawn since :func:`random_state`."""
+    random.setstate((state["python_version"], tuple(state["python"].tolist()), state["python_gauss"]))
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(  # noqa: NPY002
+        ("MT19937", keys, state["numpy_position"], state["numpy_has_gauss"], state["numpy_gauss"])
+    )
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states

@@ -1,0 +1,217 @@
+"""Callbacks that watch a training: neighbours' accuracy, the health of the embeddings, a moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cl_core import diagnostics
+from cl_core.evaluation import knn_predict
+from cl_core.losses._base import LabelledLoss, QueryKeyLoss, TwoViewLoss
+from cl_core.training.data import Data
+from cl_core.training.evaluating import embed_split
+from cl_core.training.files import write_atomically
+
+
+class KNNMonitor(pl.Callback):
+    """Accuracy of the neighbours on the validation split while training, reported as ``validation/knn``.
+
+    Args:
+        data: gives the evaluation splits.
+        every_epochs: epochs between measurements.
+        k: neighbours that vote.
+        temperature: of the votes.
+        rows: at most so many rows of each split, evenly spaced.
+    """
+
+    def __init__(
+        self, data: Data, *, every_epochs: int = 1, k: int = 20, temperature: float = 0.1, rows: int = 10000
+    ) -> None:
+        self.data = data
+        self.every_epochs = every_epochs
+        self.k = k
+        self.temperature = temperature
+        self.rows = rows
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Measure on the first process; the others go on to their next batch and wait there."""
+        if (trainer.current_epoch + 1) % self.every_epochs or not trainer.is_global_zero:
+            return
+        (train, labels), (query, truth) = (
+            embed_split(pl_module.method, self.data, split, device=pl_module.device, limit=self.rows)
+            for split in ("train", "validation")
+        )
+        known, judged = labels >= 0, truth >= 0
+        predicted = knn_predict(
+            train[known], labels[known], query[judged], k=self.k, temperature=self.temperature
+        )
+        accuracy = (predicted == truth[judged]).double().mean().item()
+        pl_module.report("validation/knn", accuracy, show="kNN")
+
+
+class Diagnostics(pl.Callback):
+    """Health of what the loss sees: alignment, uniformity, effective rank, similarities of pairs.
+
+    Reads the embeddings that the method hands to its ``criterion`` in the last batch of an epoch. A method
+    whose criterion takes neither two views, nor queries and keys, nor labelled rows is not measured.
+
+    Args:
+        folder: where ``similarities.safetensors`` is written, samples of the similarities over training.
+        every_epochs: epochs between measurements.
+        samples: similarities of each kind that are stored at a time.
+    """
+
+    def __init__(self, folder: Path, *, every_epochs: int = 1, samples: int = 1024) -> None:
+        self.path = folder / "similarities.safetensors"
+        self.every_epochs = every_epochs
+        self.samples = samples
+        self._seen: tuple[Tensor, ...] | None = None
+        self._handle: Any = None
+        self._stored: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Take back the samples that belong to the restored state."""
+        self._stored = {}
+        if self.path.is_file() and pl_module.steps_done > 0:
+            self._stored = {
+                name: values
+                for name, values in load_file(self.path).items()
+                if int(name.split("/")[0]) <= pl_module.steps_done
+            }
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Listen to the criterion during the last batch of an epoch."""
+        due = (trainer.current_epoch + 1) % self.every_epochs == 0
+        criterion = getattr(pl_module.method, "criterion", None)
+        due = due and batch_idx + 1 == trainer.num_training_batches and trainer.is_global_zero
+        if due and isinstance(criterion, TwoViewLoss | QueryKeyLoss | LabelledLoss):
+            self._handle = criterion.register_forward_pre_hook(self._listen)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop listening."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Measure what was heard."""
+        if self._seen is None:
+            return
+        first, second = self._seen
+        self._seen = None
+        if len(first) < 2:
+            return
+        if second.ndim == 2:
+            pl_module.report("train/alignment", float(diagnostics.alignment(first, second)))
+            scores = diagnostics.score_statistics(first, second)
+        else:
+            scores = diagnostics.score_statistics(first, labels=second)
+        pl_module.report("train/uniformity", float(diagnostics.uniformity(first)), show="uniformity")
+        pl_module.report("train/effective_rank", float(diagnostics.effective_rank(first)))
+        pl_module.report("train/positive_similarity", float(scores.positive.mean))
+        pl_module.report("train/negative_similarity", float(scores.negative.mean))
+        self._store(pl_module.steps_done, first, second)
+
+    def _listen(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if len(inputs) >= 2 and all(isinstance(value, Tensor) for value in inputs[:2]):
+            first, second = (value.detach() for value in inputs[:2])
+            self._seen = (first.float(), second.float() if second.is_floating_point() else second)
+
+    def _store(self, step: int, first: Tensor, second: Tensor) -> None:
+        for kind, values in sampled_similarities(first, second, self.samples).items():
+            self._stored[f"{step:09d}/{kind}"] = values.half().cpu().contiguous()
+        write_atomically(self.path, lambda temporary: save_file(self._stored, temporary))
+
+
+class MovingAverage(pl.Callback):
+    """Exponential moving average of the method's weights, taken over when the training ends.
+
+    Args:
+        decay: share of the average that each step keeps, in (0, 1).
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be in (0, 1), got {decay}.")
+        self.decay = decay
+        self._average: dict[str, Tensor] = {}
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start from the weights as they are, or go on with the restored average."""
+        self._step = pl_module.steps_done
+        current = pl_module.method.state_dict()
+        held = self._average or current
+        self._average = {
+            name: value.detach().to(current[name].device).clone() for name, value in held.items()
+        }
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update after an optimiser step."""
+        if pl_module.steps_done == self._step:
+            return
+        self._step = pl_module.steps_done
+        for name, value in pl_module.method.state_dict().items():
+            if value.is_floating_point():
+                self._average[name].lerp_(value.detach(), 1 - self.decay)
+            else:
+                self._average[name].copy_(value)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Make the average the result."""
+        pl_module.method.load_state_dict(self._average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average."""
+        return {"average": {name: value.cpu() for name, value in self._average.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._average = dict(state["average"])
+
+
+def sampled_similarities(first: Tensor, second: Tensor, samples: int) -> dict[str, Tensor]:
+    """Cosine similarities of at most ``samples`` positive and negative pairs, spread evenly over the batch.
+
+    Args:
+        first: embeddings (N, D).
+        second: embeddings (N, D) of the same rows, or labels (N,).
+        samples: of each kind.
+    """
+    first, second = _evenly(first, samples), _evenly(second, samples)
+    rows = torch.nn.functional.normalize(first, dim=1)
+    if second.ndim == 2:
+        other = torch.nn.functional.normalize(second, dim=1)
+        same = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        similarity = rows @ other.T
+        pairs = {"positive": similarity[same], "negative": similarity[~same]}
+    else:
+        above = torch.ones(len(rows), len(rows), dtype=torch.bool, device=rows.device).triu(1)
+        same = second[:, None] == second[None]
+        similarity = rows @ rows.T
+        pairs = {"positive": similarity[same & above], "negative": similarity[~same & above]}
+    return {kind: _evenly(values, samples) for kind, values in pairs.items()}
+
+
+def read_similarities(path: Path) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Step, positive and negative similarities of each measurement of :class:`Diagnostics`, in order."""
+    stored = load_file(path)
+    for key in sorted(name for name in stored if name.endswith("/positive")):
+        step = key.split("/")[0]
+        yield int(step), stored[key].float(), stored[f"{step}/negative"].float()
+
+
+def _evenly(values: Tensor, samples: int) -> Tensor:
+    if len(values) <= samples:
+        return values
+    return values[torch.linspace(0, len(values) - 1, samples, device=values.device).round().long()]

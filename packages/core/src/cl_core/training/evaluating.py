@@ -1,0 +1,197 @@
+"""Embeddings of a data set, and what they are worth: neighbours and a linear probe, chosen on validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cl_core import _checks
+from cl_core.evaluation import knn_predict, linear_probe
+from cl_core.method import Method
+from cl_core.training.data import SPLITS, Data, Split
+
+Embedding = tuple[Tensor, Tensor]
+"""Rows (N, D) and their labels (N,), on the CPU."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How embeddings are evaluated.
+
+    Args:
+        neighbours: numbers of neighbours to choose from on the validation split.
+        temperature: of the votes of the neighbours.
+        regularizations: strengths of the linear probe's penalty to choose from on the validation split.
+        batch_size: inputs embedded at a time.
+        baselines: also evaluate the untrained encoder and the raw inputs.
+    """
+
+    neighbours: tuple[int, ...] = (1, 5, 20, 100)
+    temperature: float = 0.1
+    regularizations: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    batch_size: int = 512
+    baselines: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.neighbours:
+            raise ValueError("neighbours must hold at least one number, got none.")
+        for k in self.neighbours:
+            _checks.count("neighbours", k)
+        _checks.count("batch_size", self.batch_size)
+
+
+@torch.no_grad()
+def embed_dataset(
+    embed: Callable[[Any], Tensor],
+    dataset: Dataset[Any],
+    data: Data,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
+) -> Embedding:
+    """Embeddings and labels of an evaluation data set, in its order.
+
+    Args:
+        embed: from a batch of inputs to rows (N, D).
+        dataset: pairs of input and label.
+        data: whose ``collate_evaluation`` and ``num_workers`` are used.
+        device: where ``embed`` computes.
+        batch_size: inputs at a time.
+
+    Returns:
+        Embeddings, float32 unless float64, and labels, int64; both on the CPU.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=data.num_workers,
+        collate_fn=data.collate_evaluation,
+        generator=torch.Generator(),  # the global state stays as it is
+    )
+    rows, labels = [], []
+    for inputs, label in loader:
+        z = embed(_to(inputs, device))
+        rows.append((z if z.dtype == torch.float64 else z.float()).cpu())
+        labels.append(torch.as_tensor(label))
+    if not rows:
+        return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+    return torch.cat(rows), torch.cat(labels).long()
+
+
+def embed_split(
+    method: Method,
+    data: Data,
+    split: Split,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
+    limit: int | None = None,
+) -> Embedding:
+    """Embeddings and labels of one split, in evaluation mode; the method is left on ``device``.
+
+    ``limit`` takes at most so many rows, evenly spaced. The method's training mode is restored.
+    """
+    dataset: Dataset[Any] = data.evaluation_dataset(split)
+    size = len(dataset)  # type: ignore[arg-type]
+    if limit is not None and size > limit:
+        chosen = torch.linspace(0, size - 1, limit).round().long().tolist()
+        dataset = torch.utils.data.Subset(dataset, chosen)
+    modes = {module: module.training for module in method.modules()}
+    method.to(device).eval()
+    try:
+        return embed_dataset(method.embed, dataset, data, device=device, batch_size=batch_size)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def raw_split(data: Data, split: Split, *, batch_size: int = 512) -> Embedding | None:
+    """Inputs of one split as they are, flattened; None if they are not tensors."""
+    dataset: Dataset[Any] = data.evaluation_dataset(split)
+    if len(dataset) == 0 or not isinstance(dataset[0][0], Tensor):  # type: ignore[arg-type]
+        return None
+    return embed_dataset(lambda inputs: inputs.flatten(1), dataset, data, batch_size=batch_size)
+
+
+def has_labels(data: Data) -> bool:
+    """Whether there are classes to tell apart, and rows that choose and rows that judge."""
+    return bool(data.num_classes) and all(
+        len(data.evaluation_dataset(split)) > 0  # type: ignore[arg-type]
+        for split in SPLITS
+    )
+
+
+def accuracies(
+    train: Embedding, validation: Embedding, test: Embedding, settings: Evaluation
+) -> dict[str, float]:
+    """Accuracy of neighbours and of a linear probe on ``test``, their hyper-parameters chosen on ``validation``.
+
+    Rows without a label (negative) take no part.
+
+    Returns:
+        ``knn`` and ``linear`` on test, ``knn_validation`` and ``linear_validation``, the chosen ``k`` and
+        ``regularization``.
+    """
+    train, validation, test = (_labelled(*part) for part in (train, validation, test))
+    scores = {
+        k: _accuracy(knn_predict(*train, validation[0], k=k, temperature=settings.temperature), validation[1])
+        for k in settings.neighbours
+    }
+    k = max(scores, key=lambda key: (scores[key], -key))
+    probe = linear_probe(*train, *validation, regularizations=settings.regularizations)
+    return {
+        "knn": _accuracy(knn_predict(*train, test[0], k=k, temperature=settings.temperature), test[1]),
+        "linear": _accuracy(probe.predict(test[0]), test[1]),
+        "knn_validation": scores[k],
+        "linear_validation": probe.validation_accuracy,
+        "k": k,
+        "regularization": probe.regularization,
+    }
+
+
+def evaluate(
+    method: Method, data: Data, settings: Evaluation | None = None, *, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Accuracies of a method's embeddings; see :func:`accuracies`."""
+    settings = settings or Evaluation()
+    size = settings.batch_size
+    train, validation, test = (
+        embed_split(method, data, split, device=device, batch_size=size) for split in SPLITS
+    )
+    return accuracies(train, validation, test, settings)
+
+
+def evaluate_raw(data: Data, settings: Evaluation | None = None) -> dict[str, float] | None:
+    """Accuracies of the inputs themselves, flattened; None if they are not tensors."""
+    settings = settings or Evaluation()
+    parts = [raw_split(data, split, batch_size=settings.batch_size) for split in SPLITS]
+    train, validation, test = parts
+    if train is None or validation is None or test is None:
+        return None
+    return accuracies(train, validation, test, settings)
+
+
+def _labelled(rows: Tensor, labels: Tensor) -> Embedding:
+    known = labels >= 0
+    return rows[known], labels[known]
+
+
+def _accuracy(predicted: Tensor, labels: Tensor) -> float:
+    return (predicted == labels).double().mean().item()
+
+
+def _to(inputs: Any, device: torch.device | str) -> Any:
+    if hasattr(inputs, "to"):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {key: _to(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
+        return type(inputs)(*(_to(value, device) for value in inputs))
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(_to(value, device) for value in inputs)
+    return inputs

@@ -1,0 +1,92 @@
+"""How a method is optimised: the optimiser, its settings, and the learning rate over training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.optim import Optimizer
+
+from cl_core import _checks
+from cl_core.method import Method, Progress
+
+MAIN = "main"
+"""Name of the optimiser of parameter groups that name none."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Optimiser and learning rate.
+
+    Args:
+        optimizer: "sgd", "adam" or "adamw".
+        lr: peak learning rate, for the batch size used; no scaling happens behind the scenes.
+        weight_decay: on matrices and filters; ``Method.parameter_groups`` exempts biases and norms.
+        momentum: of "sgd".
+        betas: of "adam" and "adamw".
+        schedule: "cosine" falls to zero at the last step, "constant" stays.
+        warmup_epochs: the rate rises linearly over this many epochs first; fractions allowed.
+    """
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        _checks.choice("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
+        _checks.choice("schedule", self.schedule, ("constant", "cosine"))
+        _checks.positive("lr", self.lr)
+        for name in ("weight_decay", "momentum", "warmup_epochs"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and >= 0, got {value}.")
+
+    def build(self, method: Method) -> dict[str, Optimizer]:
+        """The optimisers of a method by name; one called "main" unless its groups name others.
+
+        Raises:
+            ValueError: if nothing is trainable or a parameter stands in two groups.
+        """
+        named: dict[str, list[dict[str, object]]] = {}
+        for group in method.parameter_groups(self.weight_decay):
+            settings = dict(group)
+            name = str(settings.pop("optimizer", MAIN))
+            settings["initial_lr"] = settings["lr"] = self.lr * float(settings.pop("lr_scale", 1.0))
+            named.setdefault(name, []).append(settings)
+        if not named:
+            raise ValueError(f"{type(method).__name__} has no trainable parameter.")
+        return {name: self._optimizer(groups) for name, groups in named.items()}
+
+    def _optimizer(self, groups: list[dict[str, object]]) -> Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]))
+
+    def factor(self, progress: Progress) -> float:
+        """Share of the peak learning rate that the next step uses, a function of the progress alone.
+
+        With w warm-up steps of S, step s (from 0) uses (s + 1) / (w + 1) while s < w, then for "cosine"
+        (1 + cos(pi (s - w) / (S - w))) / 2.
+        """
+        steps_per_epoch = progress.total_steps / max(1, progress.total_epochs)
+        warmup = min(round(self.warmup_epochs * steps_per_epoch), progress.total_steps)
+        if progress.step < warmup:
+            return (progress.step + 1) / (warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = (progress.step - warmup) / max(1, progress.total_steps - warmup)
+        return (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+    def set_rates(self, optimizers: dict[str, Optimizer], progress: Progress) -> None:
+        """Give every parameter group its learning rate for the next step."""
+        factor = self.factor(progress)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor

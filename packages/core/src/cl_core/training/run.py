@@ -1,0 +1,148 @@
+"""The folder of a run: what was asked, what was measured, what came out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from cl_core.training.artifacts import is_export
+from cl_core.training.checkpoints import LAST
+from cl_core.training.files import make_folder, read_json, to_json, write_atomically
+
+_CHILD = "CL_RUN_DIR"
+"""Environment variable by which the processes that Lightning starts learn the folder of the first one."""
+
+
+class RunFolder:
+    """One folder a run.
+
+    ``config.yaml`` (resolved), ``versions.json``, ``metrics.csv`` (a row an epoch), ``metrics.json`` (final),
+    ``similarities.safetensors``, ``checkpoints/``, ``export/``, ``figures/``.
+
+    Args:
+        path: an existing folder of a run; :meth:`create` makes one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics_table = self.path / "metrics.csv"
+        self.metrics = self.path / "metrics.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / LAST
+        self.export = self.path / "export"
+        self.figures = self.path / "figures"
+
+    @classmethod
+    def create(cls, name: str, *, run_dir: str | Path | None = None) -> RunFolder:
+        """Make a new folder: ``run_dir``, else ``runs/<name>-<first free number>``.
+
+        Raises:
+            FileExistsError: if ``run_dir`` already holds a run.
+            OSError: in one sentence, if the folder cannot be made.
+        """
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process makes it
+            return cls(os.environ.get(_CHILD) or run_dir or "runs")
+        if run_dir is not None:
+            run = cls(make_folder(run_dir))
+            if run.config.exists():
+                raise FileExistsError(
+                    f"{run_dir} already holds a run: go on with --resume {run_dir}, or choose another --run_dir."
+                )
+        else:
+            run = cls(_first_free(make_folder("runs"), re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"))
+        os.environ[_CHILD] = str(run.path.resolve())
+        return run
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """The run at ``path``.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        run = cls(path)
+        if not run.config.is_file():
+            raise FileNotFoundError(f"{path} is not a run: there is no config.yaml in it.")
+        os.environ[_CHILD] = str(run.path.resolve())
+        return run
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration."""
+        write_atomically(self.config, text)
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved configuration.
+
+        Raises:
+            ValueError: in one sentence, if it is not readable.
+        """
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            config = None
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.config} is not readable YAML: it is truncated or corrupt.")
+        return config
+
+    def write_versions(self, package: str) -> None:
+        """Write the versions and the device that this run uses."""
+        import torch
+
+        names = [package, "cl-core", "lightning", "numpy"]
+        versions = {name: _version(name) for name in dict.fromkeys(names)}
+        accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        write_atomically(
+            self.path / "versions.json",
+            to_json(
+                {
+                    "python": platform.python_version(),
+                    "platform": platform.platform(),
+                    "accelerator": accelerator,
+                    "torch": str(torch.__version__),
+                    **versions,
+                }
+            ),
+        )
+
+    def write_metrics(self, **entries: Any) -> dict[str, Any]:
+        """Add entries to ``metrics.json`` and return all of it."""
+        metrics = self.read_metrics() | entries
+        write_atomically(self.metrics, to_json(metrics))
+        return metrics
+
+    def read_metrics(self) -> dict[str, Any]:
+        """``metrics.json``, empty if there is none yet."""
+        return dict(read_json(self.metrics)) if self.metrics.is_file() else {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the trained method has been exported and evaluated."""
+        return is_export(self.export) and bool(self.read_metrics().get("finished"))
+
+
+def _first_free(parent: Path, name: str) -> Path:
+    taken = [
+        int(found[1])
+        for entry in parent.iterdir()
+        if (found := re.fullmatch(re.escape(name) + r"-(\d+)", entry.name))
+    ]
+    number = max(taken, default=0) + 1
+    while True:
+        try:
+            return make_folder(parent / f"{name}-{number:03d}", exist_ok=False)
+        except FileExistsError:
+            number += 1
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
