@@ -65,8 +65,9 @@ class _ByAnchor(torch.autograd.Function):
             with torch.enable_grad():
                 x = rows[part].detach().requires_grad_()
                 y = columns.detach().requires_grad_(ctx.needs_input_grad[1])  # a queue wants none
-                terms = ctx.function(x, y, part)
-            of_x, *of_y = torch.autograd.grad(terms, (x, y) if y.requires_grad else (x,), gradient[part])
+                # Through a scalar: torch.autograd.grad with gradients imports the compiler's symbolic algebra, 1 s.
+                weighted = (ctx.function(x, y, part) * gradient[part]).sum()
+            of_x, *of_y = torch.autograd.grad(weighted, (x, y) if y.requires_grad else (x,))
             of_rows[part] = of_x
             if of_y:
                 of_columns += of_y[0]

@@ -13,6 +13,17 @@ which: rows of equal id are no pair.
   ``generator``.
 
 Each function has a class of the same arguments, to be handed to a loss module or named in a configuration.
+
+Example:
+    >>> import torch
+    >>> from cl_core.losses.margin import TripletMarginLoss
+    >>> from cl_core.miners import BatchHardMiner
+    >>> z, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    >>> miner = BatchHardMiner()
+    >>> miner(z, labels).positive
+    tensor([1, 0, 3, 2])
+    >>> TripletMarginLoss(margin=0.2, miner=miner)(z, labels)
+    tensor(0.2000)
 """
 
 from cl_core.miners.nearest import mine_nearest_negatives

@@ -1,4 +1,21 @@
-"""Batch samplers: seeded by (seed, epoch), the same number of batches on every rank, resumable mid-epoch."""
+"""Batch samplers: seeded by (seed, epoch), the same number of batches on every rank, resumable mid-epoch.
+
+Each goes into ``torch.utils.data.DataLoader(data, batch_sampler=sampler)``.
+
+Example:
+    >>> from cl_core.samplers import SamplesPerClassBatchSampler
+    >>> labels = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    >>> sampler = SamplesPerClassBatchSampler(labels, batch_size=4, samples_per_class=2)
+    >>> sampler.set_epoch(5)
+    >>> batches = iter(sampler)
+    >>> [labels[row] for row in next(batches)].count(1) in (0, 2)
+    True
+    >>> stopped = sampler.state_dict()
+    >>> resumed = SamplesPerClassBatchSampler(labels, batch_size=4, samples_per_class=2)
+    >>> resumed.load_state_dict(stopped)
+    >>> list(resumed) == list(batches)
+    True
+"""
 
 from __future__ import annotations
 
