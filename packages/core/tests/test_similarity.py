@@ -1,0 +1,313 @@
+"""The primitive against its definition, in every form."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cl_core import _tiles, similarity
+from cl_core._tiles import Pairing
+
+ROWS, COLUMNS, WIDTH, TILE = 70, 53, 8, (16, 24)
+IMPLS = ("dense", "tiled")
+INDEX = torch.arange(ROWS)
+
+
+def random_rows(count, *, seed, logit=5.0, dtype=torch.float64):
+    z = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (torch.nn.functional.normalize(z, dim=1) * logit**0.5).to(dtype).requires_grad_()
+
+
+def random_keys(count, *, seed):
+    return torch.randint(0, 9, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def naive(rows, columns, excluded, log_weight=0.0):
+    logits = rows.double() @ columns.double().t() + log_weight
+    return logits.masked_fill(excluded, -torch.inf).logsumexp(1)
+
+
+def same_value_and_gradients(value, expected, leaves, *, tolerance):
+    """Compare finite values and the gradients of a random combination of them."""
+    assert torch.equal(value.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    torch.testing.assert_close(value[finite].double(), expected[finite], rtol=tolerance, atol=tolerance)
+    weight = torch.randn(int(finite.sum()), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    given = torch.autograd.grad((value[finite] * weight.to(value)).sum(), leaves, retain_graph=True)
+    wanted = torch.autograd.grad((expected[finite] * weight).sum(), leaves, retain_graph=True)
+    for one, other in zip(given, wanted, strict=True):
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("logit", [1.0, 20.0, 250.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 3e-5)])
+@pytest.mark.parametrize("pairs", ["self", "pairs", "sevens", "keys", "same"])
+def test_self(pairs, dtype, tolerance, logit, impl):
+    z = random_rows(ROWS, seed=0, logit=logit, dtype=dtype)
+    keys = random_keys(ROWS, seed=1)
+    size = {"self": 1, "pairs": 2, "sevens": 7}.get(pairs)
+    if size is not None:
+        result = similarity.self_log_sum_exp(z, group_size=size, impl=impl, tile=TILE)
+        excluded = (INDEX // size)[:, None] == (INDEX // size)[None]
+    elif pairs == "keys":
+        result = similarity.self_log_sum_exp(z, keys=keys, impl=impl, tile=TILE)
+        excluded = keys[:, None] == keys[None]
+    else:
+        result = similarity.self_log_sum_exp(z, keys=keys, over="same", impl=impl, tile=TILE)
+        excluded = (keys[:, None] != keys[None]) | torch.eye(ROWS, dtype=torch.bool)
+    same_value_and_gradients(result, naive(z, z, excluded), [z], tolerance=tolerance)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("logit", [1.0, 250.0])
+@pytest.mark.parametrize("over", ["all", "different", "same", "same less ids"])
+def test_cross(over, logit, impl):
+    x, y = random_rows(ROWS, seed=0, logit=logit), random_rows(COLUMNS, seed=1, logit=logit)
+    row_keys, column_keys = random_keys(ROWS, seed=2), random_keys(COLUMNS, seed=3)
+    options = {"row_keys": row_keys, "column_keys": column_keys}
+    equal = row_keys[:, None] == column_keys[None]
+    excluded = {"all": torch.zeros_like(equal), "different": equal}.get(over, ~equal)
+    if over == "same less ids":
+        options |= {"row_ids": INDEX, "column_ids": INDEX[:COLUMNS]}
+        excluded = excluded | (INDEX[:, None] == INDEX[None, :COLUMNS])
+    result = similarity.cross_log_sum_exp(x, y, over=over.split()[0], impl=impl, tile=TILE, **options)
+    same_value_and_gradients(result, naive(x, y, excluded), [x, y], tolerance=1e-10)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("logit", [1.0, 250.0, 700.0])
+@pytest.mark.parametrize("over", ["all", "different"])
+def test_paired_looks_both_ways(over, logit, impl):
+    x, y = random_rows(ROWS, seed=0, logit=logit), random_rows(COLUMNS, seed=1, logit=logit)
+    excluded = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    if over == "different":
+        excluded = INDEX[:, None] == INDEX[None, :COLUMNS]
+    both = similarity.paired_log_sum_exp(x, y, over=over, impl=impl, tile=TILE)
+    expected = naive(x, y, excluded), naive(y, x, excluded.t())
+    same_value_and_gradients(torch.cat(both), torch.cat(expected), [x, y], tolerance=1e-10)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("over", ["all", "same"])
+def test_softplus_sum(over, impl):
+    x, y = random_rows(ROWS, seed=0, logit=20), random_rows(COLUMNS, seed=1, logit=20)
+    row_keys, column_keys = random_keys(ROWS, seed=2), random_keys(COLUMNS, seed=3)
+    offset = torch.randn(ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) * 30
+    offset.requires_grad_()
+    result = similarity.softplus_sum(
+        x, y, offset, row_keys=row_keys, column_keys=column_keys, over=over, impl=impl, tile=TILE
+    )
+    counts = row_keys[:, None] == column_keys[None] if over == "same" else torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+    margin = x @ y.t() + offset[:, None]
+    expected = (torch.logaddexp(margin, torch.zeros_like(margin)) * counts).sum(1)
+    same_value_and_gradients(result, expected, [x, y, offset], tolerance=1e-10)
+
+
+class PairWeight(torch.nn.Module):
+    """A learnable weight of a pair's distance in the batch, and of a vector of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, rows, columns, of_rows):
+        distance = (rows[:, None] - columns[None]).abs().double()
+        return of_rows[rows][:, None] - self.slope * distance.log1p()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weight_function_and_its_gradients(impl):
+    x, y = random_rows(ROWS, seed=0), random_rows(COLUMNS, seed=1)
+    source = random_rows(ROWS, seed=2)
+    of_rows, weight = source.sum(1), PairWeight()  # an input with a history of its own
+    keys = random_keys(ROWS, seed=3), random_keys(COLUMNS, seed=4)
+    result = similarity.cross_log_sum_exp(
+        x,
+        y,
+        row_keys=keys[0],
+        column_keys=keys[1],
+        over="different",
+        log_weight=weight,
+        weight_inputs=(of_rows,),
+        impl=impl,
+        tile=TILE,
+    )
+    expected = naive(x, y, keys[0][:, None] == keys[1][None], weight(INDEX, INDEX[:COLUMNS], of_rows))
+    same_value_and_gradients(result, expected, [x, y, source, weight.slope], tolerance=1e-10)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_temperature_of_each_row(impl):
+    z, y = random_rows(ROWS, seed=0), random_rows(COLUMNS, seed=1)
+    temperature = torch.linspace(0.05, 2, ROWS, dtype=torch.float64, requires_grad=True)
+    rows = similarity.scaled_rows(z, scale=1 / temperature)
+    result = similarity.cross_log_sum_exp(rows, y, impl=impl, tile=TILE)
+    unit = torch.nn.functional.normalize(z, dim=1)
+    expected = naive(unit / temperature[:, None], y, torch.zeros(ROWS, COLUMNS, dtype=torch.bool))
+    same_value_and_gradients(result, expected, [z, y, temperature], tolerance=1e-10)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_or_a_column_without_a_partner(impl):
+    x, y = random_rows(6, seed=0), random_rows(6, seed=1)
+    keys = torch.zeros(6, dtype=torch.int64)
+    empty = similarity.cross_log_sum_exp(x, y, row_keys=keys, column_keys=keys, over="different", impl=impl)
+    assert (empty == -torch.inf).all()
+    gradients = torch.autograd.grad(torch.sigmoid(empty).sum(), [x, y])
+    assert all((g == 0).all() for g in gradients)
+    nothing = similarity.cross_log_sum_exp(x[:0], y, impl=impl)
+    assert nothing.shape == (0,)
+    assert torch.autograd.grad(nothing.sum(), y)[0].abs().sum() == 0
+    alone = similarity.cross_log_sum_exp(x, y[:0], impl=impl)
+    assert (alone == -torch.inf).all()
+
+
+def test_softmax_mean():
+    x, y = random_rows(ROWS, seed=0), random_rows(COLUMNS, seed=1)
+    result = similarity.softmax_mean(x, y, tile=TILE)
+    assert not result.requires_grad
+    torch.testing.assert_close(result, ((x @ y.t()).softmax(1) @ y).detach())
+
+
+@pytest.mark.parametrize("norm", [1e20, 1.0, 1e-8, 1e-11])
+def test_scaled_rows_of_any_norm(norm):
+    z = random_rows(9, seed=0, dtype=torch.float32).detach()
+    z[3] = 0
+    z = (z * norm).requires_grad_()
+    wide = z.detach().double().requires_grad_()
+    weight = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(1))
+    result, expected = similarity.scaled_rows(z, scale=3.0), 3 * torch.nn.functional.normalize(wide, dim=1)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+    (one,) = torch.autograd.grad((result * weight).sum(), z)
+    (other,) = torch.autograd.grad((expected * weight).sum(), wide)
+    torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * other[0].abs().max().item())
+
+
+def test_scaled_rows_are_twice_differentiable():
+    z, scale = random_rows(4, seed=0), torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    function = lambda z, scale: similarity.scaled_rows(z, scale=scale)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (z, scale))
+    assert torch.autograd.gradgradcheck(function, (z, scale))
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5])
+def test_fill_of_groups_equals_the_mask(group_size):
+    pairing = Pairing("different", 23, 23, group_size=group_size)
+    for r0, c0, rows, columns in itertools.product(range(0, 20, 3), range(0, 20, 4), (1, 3), (2, 6)):
+        corners = (r0, min(23, r0 + rows), c0, min(23, c0 + columns))
+        tile = torch.zeros(corners[1] - corners[0], corners[3] - corners[2])
+        assert torch.equal(pairing.fill_(tile, *corners, 1).bool(), pairing.excluded(*corners))
+    for r0 in range(0, 20, group_size):  # the square on the diagonal has a way of its own
+        corners = (r0, r0 + group_size, r0, r0 + group_size)
+        tile = torch.zeros(group_size, group_size)
+        assert torch.equal(pairing.fill_(tile, *corners, 1).bool(), pairing.excluded(*corners))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of entries of the largest tensor any operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def test_tiled_forms_never_build_the_matrix():
+    n, tile = 600, (32, 64)
+    z, keys = random_rows(n, seed=0).detach(), random_keys(n, seed=1).sort()[0]
+    groups, labels = Pairing("different", n, n, group_size=2), Pairing("different", n, n, keys=(keys, keys))
+    most = max(tile[0] * tile[1], n * WIDTH)
+    gradient = torch.ones(n, dtype=torch.float64)
+    with LargestTensor() as largest:
+        for pairing in (groups, labels):
+            result = _tiles.rows_forward(z, z.clone(), pairing, tile)
+            _tiles.rows_backward(gradient, z, z.clone(), result, pairing, tile)
+            result, _ = _tiles.shared_forward(z, z, pairing, tile)
+            _tiles.shared_backward(gradient, None, z, z, result, None, pairing, tile)
+            _tiles.softplus_forward(z, z.clone(), gradient, pairing, tile)
+            _tiles.softplus_backward(gradient, z, z.clone(), gradient, pairing, tile)
+    assert largest.entries <= most
+    x, y = random_rows(n, seed=0), random_rows(n, seed=1)
+    weight, of_rows = PairWeight(), torch.zeros(n, dtype=torch.float64, requires_grad=True)
+    with LargestTensor() as largest:
+        similarity.cross_log_sum_exp(
+            x, y, log_weight=weight, weight_inputs=(of_rows,), impl="tiled", tile=tile
+        ).sum().backward()
+    assert largest.entries <= most
+
+
+def test_an_unwanted_gradient_is_not_computed():
+    x, y = random_rows(ROWS, seed=0), random_rows(COLUMNS, seed=1)
+    pairing = Pairing("all", ROWS, COLUMNS)
+    result = _tiles.rows_forward(x.detach(), y.detach(), pairing, TILE)
+    dx, dy = _tiles.rows_backward(
+        torch.ones_like(result), x.detach(), y.detach(), result, pairing, TILE, need_y=False
+    )
+    assert dx is not None
+    assert dy is None
+    value = similarity.cross_log_sum_exp(x, y.detach(), impl="tiled", tile=TILE)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), x)[0], dx)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["self", "keys", "cross", "paired", "softplus"])
+def test_tiled_forms_compile_to_one_graph(form, backend):
+    x, y = random_rows(ROWS, seed=0), random_rows(ROWS, seed=1)
+    keys, offset = random_keys(ROWS, seed=2), torch.zeros(ROWS, dtype=torch.float64)
+
+    def function(x, y):
+        if form == "self":
+            return similarity.self_log_sum_exp(x, group_size=2, impl="tiled", tile=TILE)
+        if form == "keys":
+            return similarity.self_log_sum_exp(x, keys=keys, impl="tiled", tile=TILE)
+        if form == "cross":
+            return similarity.cross_log_sum_exp(
+                x, y, row_keys=keys, column_keys=keys, over="different", impl="tiled", tile=TILE
+            )
+        if form == "paired":
+            return sum(similarity.paired_log_sum_exp(x, y, impl="tiled", tile=TILE))
+        return similarity.softplus_sum(x, y, offset, impl="tiled", tile=TILE)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)(x, y)
+    eager = function(x, y)
+    torch.testing.assert_close(compiled, eager)
+    gradients = [
+        torch.autograd.grad(value.sum(), [x, y], allow_unused=True, materialize_grads=True)
+        for value in (compiled, eager)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_compiled_loss_still_refuses_nan():
+    from cl_core.functional import nt_xent_loss
+
+    z = random_rows(8, seed=0).detach()
+    torch.compiler.reset()
+    compiled = torch.compile(nt_xent_loss, fullgraph=True, backend="aot_eager")
+    assert compiled(z, z.flip(0)).isfinite()
+    z[2, 3] = torch.nan
+    with pytest.raises(RuntimeError, match="z1 must be finite"):
+        compiled(z, z.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z: similarity.self_log_sum_exp(z, impl="fast"), "impl must be one of"),
+        (lambda z: similarity.self_log_sum_exp(z, over="all"), "over must be one of"),
+        (lambda z: similarity.cross_log_sum_exp(z, z, row_keys=INDEX), "row_keys and column_keys must be given together"),
+        (lambda z: similarity.softplus_sum(z, z, z[:, 0], column_keys=INDEX), "must be given together"),
+        (lambda z: similarity.paired_log_sum_exp(z, z, over="same"), "over must be one of"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(random_rows(ROWS, seed=0))
