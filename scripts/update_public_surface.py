@@ -3,9 +3,10 @@
     python scripts/update_public_surface.py            # rewrite the files
     python scripts/update_public_surface.py --check    # say what a rewrite would change; 1 if anything
 
-A module is public if no part of its path begins with an underscore; its names are those of ``__all__``, or
-without one its own functions and classes. Parameters are recorded too, for callers use them as keywords. The
-tests refuse a recorded name or parameter that is gone; a release also one that is not recorded.
+Public are the modules of a package that do not begin with an underscore. A package further in that has an
+``__all__`` is a front: what lies behind it may move, save the modules it lists. Names are those of ``__all__``, or
+without one a module's own functions and classes. Parameters are recorded too, for callers use them as keywords.
+The tests refuse a recorded name or parameter that is gone; a release also one that is not recorded.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def surface(member: Member) -> Surface:
 def _public_modules(package: str) -> Iterator[types.ModuleType]:
     module = importlib.import_module(package)
     yield module
+    listed = getattr(module, "__all__", None) if "." in package else None
     for info in sorted(pkgutil.iter_modules(getattr(module, "__path__", [])), key=lambda info: info.name):
-        if not info.name.startswith("_"):
+        if not info.name.startswith("_") and (listed is None or info.name in listed):
             yield from _public_modules(f"{package}.{info.name}")
 
 

@@ -29,9 +29,20 @@ def test_private_and_borrowed_names_are_not_public(tmp_path, monkeypatch):
         "from json import dumps\nCONSTANT = 1\ndef _own(): ...\ndef f(x, *, y=1): ...\n"
         "class C:\n    def __init__(self, z): ...\n"
     )
+    (package / "front").mkdir()
+    (package / "front" / "__init__.py").write_text(
+        'from .a import g\n__all__ = ["b", "g"]\nfrom . import b\n'
+    )
+    (package / "front" / "a.py").write_text("def g(): ...\ndef may_move(): ...\n")
+    (package / "front" / "b.py").write_text("def h(): ...\n")
     monkeypatch.syspath_prepend(tmp_path / "src")
     toy = Member(tmp_path)
-    expected = {"toy_surface": {"listed": None}, "toy_surface.open": {"C": ["z"], "f": ["x", "y"]}}
+    expected = {
+        "toy_surface": {"listed": None},
+        "toy_surface.front": {"b": None, "g": []},
+        "toy_surface.front.b": {"h": []},
+        "toy_surface.open": {"C": ["z"], "f": ["x", "y"]},
+    }
     assert surface(toy) == expected
     assert read(toy) == {}
     write(toy, expected)
