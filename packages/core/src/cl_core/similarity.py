@@ -231,9 +231,8 @@ def softmax_mean(rows: Tensor, columns: Tensor, *, tile: tuple[int, int] | None 
     options = (None, None, None, None, 1, "all", list(tile or _tiles.default_tile(rows.device)))
     log_sum = _ops.rows_log_sum_exp(rows, columns, *options)
     # The mean is the derivative of the log-sum-exp with respect to the row.
-    return _ops.rows_log_sum_exp_backward(  # type: ignore[no-any-return]
-        torch.ones_like(log_sum), rows, columns, log_sum, *options, [True, False]
-    )[0]
+    one = torch.ones_like(log_sum)
+    return _ops.rows_log_sum_exp.gradient(one, rows, columns, log_sum, *options, [True, False])[0]
 
 
 def softplus_sum(
@@ -276,7 +275,9 @@ def softplus_sum(
     if (row_keys is None) != (column_keys is None):
         raise ValueError("row_keys and column_keys must be given together, got only one of them.")
     if _dense(rows, columns, impl):
-        pairing = _ops.cross_pairing(rows, columns, row_keys, column_keys, row_ids, column_ids, over, 1, False)
+        pairing = _ops.cross_pairing(
+            rows, columns, row_keys, column_keys, row_ids, column_ids, over, 1, False
+        )
         margin = _logits(rows, columns) + offset[:, None]
         margin = margin.masked_fill(pairing.excluded(0, len(rows), 0, len(columns)), -torch.inf)
         return torch.nn.functional.softplus(margin, threshold=60).sum(1)
