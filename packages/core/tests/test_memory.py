@@ -132,12 +132,15 @@ def test_a_queue_goes_on_exactly_after_a_file():
 
 
 def test_a_conversion_takes_unread_rows_along():
-    queue = FeatureQueue(4, 2)
-    queue.enqueue(torch.eye(2))
-    queue = queue.double()
-    queue.enqueue(torch.eye(2))
+    queue = FeatureQueue(4, 2, normalize=False)
+    queue.enqueue(torch.full((2, 2), 1 / 3))
+    queue.bfloat16().float()
+    rounded = torch.full((2, 2), 1 / 3).bfloat16().float()
+    assert torch.equal(queue.embeddings, rounded)
+    queue.double()
+    queue.enqueue(torch.full((2, 2), 1 / 3))
     assert queue.embeddings.dtype == torch.float64
-    assert torch.equal(queue.embeddings, torch.eye(2).double().repeat(2, 1))
+    assert queue.embeddings.unique().numel() == 2
 
 
 def test_backward_after_enqueue():
@@ -244,9 +247,21 @@ def test_concentration_is_clipped_and_survives_equal_rows():
     (phi,) = bank.concentrations
     assert phi.mean().item() == pytest.approx(0.2)
     assert phi.eq(phi.max()).sum() >= 2
+    assert phi.eq(phi.min()).sum() >= 2
     assert phi.min() > 0
     bank.refresh(torch.ones(60, 4), generator=seeded(0))
     assert bank.concentrations[0].tolist() == pytest.approx([0.2] * 8)
+
+
+@pytest.mark.parametrize("seed", range(12))  # rounding makes the distances positive in some
+def test_equal_rows_have_no_concentration_of_their_own(seed):
+    generator = seeded(seed)
+    directions = torch.randn(2, 48, generator=generator)
+    loose = directions[0] + 0.3 * torch.randn(40, 48, generator=generator)
+    bank = PrototypeBank(80, [2], 48, clip=0.0)
+    bank.refresh(torch.cat([directions[1].expand(40, 48), loose]), generator=generator)
+    assert bank.assignments[0].tolist() in ([0] * 40 + [1] * 40, [1] * 40 + [0] * 40)
+    assert bank.concentrations[0].tolist() == pytest.approx([0.2, 0.2])
 
 
 def test_prototypes_start_warm_and_go_through_a_file():

@@ -300,6 +300,9 @@ class PrototypeBank(nn.Module):
     get a small one. Clusters of one row, whose phi says nothing, take the largest; then the highest and lowest
     ``clip`` shares are clipped, so that no prototype dominates.
 
+    For samples ``index`` of a batch, ``prototype_nce_loss(z, bank.prototypes, bank.assignments[:, index].unbind(),
+    concentration=bank.concentrations)``.
+
     Args:
         num_samples: samples in the data set.
         num_prototypes: number of prototypes of each granularity.
@@ -430,8 +433,8 @@ class PrototypeBank(nn.Module):
         sums[1] += torch.bincount(assigned, minlength=len(centroids))
         distance, count = split.sum(sums)
         phi = distance / (count.clamp_min(1) * (count + self.smoothing).log())
-        # Rounding leaves distances of about 1e-4 between equal unit rows; those are no spread either.
-        phi = torch.where((count > 1) & (distance > 1e-3 * count), phi, 0)
+        # A single row or equal rows have no spread to measure; rounding leaves them distances of a few 1e-4.
+        phi = torch.where(distance > 1e-3 * count, phi, 0)
         largest = phi.max()
         if largest == 0:
             return torch.full_like(phi, self.temperature)
