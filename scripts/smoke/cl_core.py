@@ -6,16 +6,16 @@ import warnings
 
 import torch
 
-import cl_core
-from cl_core import functional, losses
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's own word at its first custom op
+
+import cl_core  # noqa: E402
+from cl_core import functional, losses  # noqa: E402
 
 for absent in ("numpy", "lightning", "jsonargparse", "torchvision", "cl_vision"):
     assert importlib.util.find_spec(absent) is None, (
         f"{absent} is installed; this environment proves nothing."
     )
-
-warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's own word at its first custom op
 
 generator = torch.Generator().manual_seed(0)
 z1, z2 = (torch.randn(256, 32, generator=generator, requires_grad=True) for _ in range(2))
