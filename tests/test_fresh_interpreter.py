@@ -46,10 +46,10 @@ def test_core_works_where_only_torch_is_installed():
 import sys, warnings
 for name in {HEAVY}:
     sys.modules[name] = None  # an import of it now fails
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # what torch itself says at its import
 import importlib, pkgutil, torch
-import cl_core
 warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's own word at its first custom op
+import cl_core
 for info in pkgutil.walk_packages(cl_core.__path__, "cl_core."):
     if not info.name.startswith("cl_core.training."):
         importlib.import_module(info.name)

@@ -4,10 +4,10 @@ import importlib.metadata
 import importlib.util
 import warnings
 
-import torch
-
 warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's own word at its first custom op
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # what torch itself says at its import
+
+import torch  # noqa: E402
 
 import cl_core  # noqa: E402
 from cl_core import functional, losses  # noqa: E402
@@ -18,7 +18,7 @@ for absent in ("numpy", "lightning", "jsonargparse", "torchvision", "cl_vision")
     )
 
 generator = torch.Generator().manual_seed(0)
-z1, z2 = (torch.randn(256, 32, generator=generator, requires_grad=True) for _ in range(2))
+z1, z2 = (torch.randn(1024, 32, generator=generator, requires_grad=True) for _ in range(2))
 for loss in (losses.NTXentLoss(temperature=0.1)(z1, z2), functional.dcl_loss(z1, z2, temperature=0.1)):
     gradients = torch.autograd.grad(loss, (z1, z2))
     assert loss.isfinite()
