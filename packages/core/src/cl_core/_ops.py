@@ -21,11 +21,11 @@ class TiledForm:
     """A tiled computation and its gradient.
 
     Args:
-        forward: body; its first ``inputs`` arguments are differentiable tensors, then come ``keys`` integer tensors or
+        forward: body; its first ``differentiable`` arguments are differentiable tensors, then come ``keys`` integer tensors or
             None, then plain options. Returns a tensor or a tuple of tensors.
         backward: body called with the gradients of the results, the differentiable inputs, the results, the keys, the
             options, and which inputs need a gradient; returns one gradient an input, empty where none is needed.
-        inputs: number of differentiable inputs.
+        differentiable: number of differentiable inputs.
         keys: number of key tensors.
         results: for each result, the input that has as many rows.
     """
@@ -35,7 +35,7 @@ class TiledForm:
         forward: Callable[..., Any],
         backward: Callable[..., Any],
         *,
-        inputs: int,
+        differentiable: int,
         keys: int,
         results: tuple[int, ...] = (0,),
     ) -> None:
@@ -48,17 +48,19 @@ class TiledForm:
             return made if len(results) > 1 else made[0]
 
         def fake_backward(*arguments: Any) -> list[Tensor]:
-            given = arguments[len(results) : len(results) + inputs]
+            given = arguments[len(results) : len(results) + differentiable]
             return [_wanted(torch.empty_like(t), n) for t, n in zip(given, arguments[-1], strict=True)]
 
-        def setup(ctx: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
-            ctx.options = arguments[inputs + keys :]
-            ctx.save_for_backward(*arguments[:inputs], *outputs, *arguments[inputs : inputs + keys])
+            ctx.options = inputs[differentiable + keys :]
+            ctx.save_for_backward(
+                *inputs[:differentiable], *outputs, *inputs[differentiable : differentiable + keys]
+            )
 
         def through(call: Callable[..., Any]) -> Callable[..., Any]:
             def backward_of(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-                need = list(ctx.needs_input_grad[:inputs])
+                need = list(ctx.needs_input_grad[:differentiable])
                 found = call(*gradients, *ctx.saved_tensors, *ctx.options, need)
                 kept = (g if n else None for g, n in zip(found, need, strict=True))
                 return *kept, *[None] * (keys + len(ctx.options))
@@ -69,7 +71,8 @@ class TiledForm:
         self._op.register_autograd(through(backward_op), setup_context=setup)
         backward_op.register_fake(fake_backward)
         backward_op.register_autograd(no_second_derivative, setup_context=_nothing_to_save)
-        eager_backward = _node(backward, _nothing_to_save, no_second_derivative)
+        # autograd only follows the tensors of a tuple
+        eager_backward = _node(lambda *given: tuple(backward(*given)), _nothing_to_save, no_second_derivative)
         self._eager = _node(forward, setup, through(eager_backward.apply))
 
         self._backward, self._backward_op = backward, backward_op
@@ -283,9 +286,9 @@ def _pair(tile: list[int]) -> tuple[int, int]:
     return tile[0], tile[1]
 
 
-self_log_sum_exp = TiledForm(_self_log_sum_exp, _self_log_sum_exp_backward, inputs=1, keys=1)
-rows_log_sum_exp = TiledForm(_rows_log_sum_exp, _rows_log_sum_exp_backward, inputs=2, keys=4)
+self_log_sum_exp = TiledForm(_self_log_sum_exp, _self_log_sum_exp_backward, differentiable=1, keys=1)
+rows_log_sum_exp = TiledForm(_rows_log_sum_exp, _rows_log_sum_exp_backward, differentiable=2, keys=4)
 paired_log_sum_exp = TiledForm(
-    _paired_log_sum_exp, _paired_log_sum_exp_backward, inputs=2, keys=0, results=(0, 1)
+    _paired_log_sum_exp, _paired_log_sum_exp_backward, differentiable=2, keys=0, results=(0, 1)
 )
-softplus_sum = TiledForm(_softplus_sum, _softplus_sum_backward, inputs=3, keys=4)
+softplus_sum = TiledForm(_softplus_sum, _softplus_sum_backward, differentiable=3, keys=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,3 +69,41 @@ class LabelledLoss(ContrastiveLoss):
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """Loss of embeddings (N, D) with integer labels (N,)."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(z, labels).")
+
+
+class EmbeddingLoss(ContrastiveLoss):
+    """Called with ``(z)``: rows of one view."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Loss of embeddings (N, D)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(z).")
+
+
+class PredictionLoss(ContrastiveLoss):
+    """Called with ``(p, z)``: row i of ``p`` predicts row i of ``z``, a constant unless asked otherwise."""
+
+    def forward(self, p: Tensor, z: Tensor) -> Tensor:
+        """Loss of predictions (N, D) and targets (N, D)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(p, z).")
+
+
+class ScoresLoss(ContrastiveLoss):
+    """Called with ``(*scores, queue=None)``: scores of N samples over K prototypes, one tensor a crop."""
+
+    def forward(self, *scores: Tensor, queue: Sequence[Tensor] | None = None) -> Tensor:
+        """Loss of two or more crops' scores (N, K), with optional scores (Q, K) of earlier samples."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(*scores, queue).")
+
+
+class PrototypeLoss(ContrastiveLoss):
+    """Called with ``(z, prototypes, assignments, concentration=None)``: each row belongs to a prototype."""
+
+    def forward(
+        self,
+        z: Tensor,
+        prototypes: Tensor | Sequence[Tensor],
+        assignments: Tensor | Sequence[Tensor],
+        concentration: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Loss of embeddings (N, D) over prototypes (K, D), of which row i has number ``assignments[i]``."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(z, prototypes, assignments).")

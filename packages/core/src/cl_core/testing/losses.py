@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from cl_core.losses import ContrastiveLoss, LabelledLoss, QueryKeyLoss, QueueLoss, TwoViewLoss
+from cl_core.losses import (
+    ContrastiveLoss,
+    EmbeddingLoss,
+    LabelledLoss,
+    PredictionLoss,
+    PrototypeLoss,
+    QueryKeyLoss,
+    QueueLoss,
+    ScoresLoss,
+    TwoViewLoss,
+)
 from cl_core.testing.ranks import Ranks
 
 LossClass: TypeAlias = type[ContrastiveLoss]
@@ -71,18 +81,32 @@ def inputs(
     def embeddings(rows: int) -> Tensor:
         return torch.randn(rows, width, generator=generator, dtype=torch.float64)
 
-    if issubclass(loss, TwoViewLoss | QueryKeyLoss | QueueLoss):
+    if issubclass(loss, TwoViewLoss | QueryKeyLoss | QueueLoss | PredictionLoss):
         first, noise = embeddings(rows), embeddings(rows)
         query, key = first.to(dtype), (first + 0.7 * noise).to(dtype)
         query.requires_grad_()
-        return (
-            (query, key, embeddings(rows).to(dtype))
-            if issubclass(loss, QueueLoss)
-            else (query, key.requires_grad_())
-        )
+        if issubclass(loss, QueueLoss):
+            return query, key, embeddings(rows).to(dtype)
+        return query, key.requires_grad_(not issubclass(loss, PredictionLoss))
+    if issubclass(loss, ScoresLoss):
+        return tuple(embeddings(rows).to(dtype).requires_grad_() for _ in range(3))
+    z, labels = embeddings(rows).to(dtype).requires_grad_(), torch.arange(rows) % max(1, rows // 3)
+    if issubclass(loss, EmbeddingLoss):
+        return (z,)
     if issubclass(loss, LabelledLoss):
-        return embeddings(rows).to(dtype).requires_grad_(), torch.arange(rows) % max(1, rows // 3)
-    raise TypeError(f"{loss.__name__} must derive from TwoViewLoss, QueryKeyLoss, QueueLoss or LabelledLoss.")
+        return z, labels
+    if issubclass(loss, PrototypeLoss):
+        return z, embeddings(rows).to(dtype).requires_grad_(), labels
+    raise TypeError(
+        f"{loss.__name__} must derive from one of the bases in cl_core.losses, such as TwoViewLoss."
+    )
+
+
+def _has_rows_of_samples(loss: LossClass, position: int) -> bool:
+    """Whether an argument has one row a sample; otherwise it is the same for all samples and on all ranks."""
+    return not (
+        issubclass(loss, QueueLoss) and position == 2 or issubclass(loss, PrototypeLoss) and position == 1
+    )
 
 
 def _check(*needs: str) -> Callable[[Callable[[LossClass], None]], Callable[[LossClass], None]]:
@@ -164,7 +188,8 @@ def _reductions_agree(loss: LossClass) -> None:
 def _permuting_the_batch_changes_nothing(loss: LossClass) -> None:
     given = inputs(loss)
     order = torch.randperm(len(given[0]), generator=torch.Generator().manual_seed(1))
-    _assert_close(loss()(*given), loss()(*(t[order] for t in given)), "permuted batch")
+    permuted = (t[order] if _has_rows_of_samples(loss, i) else t for i, t in enumerate(given))
+    _assert_close(loss()(*given), loss()(*permuted), "permuted batch")
 
 
 @_check()
@@ -269,7 +294,7 @@ def _extremes(loss: LossClass) -> Iterator[tuple[str, Inputs]]:
     yield "identical rows", _with_embeddings(given, lambda z: z[:1].expand(8, 8).contiguous())
     yield "duplicate rows", _with_embeddings(given, lambda z: z[torch.arange(8) // 2])
     yield "orthogonal rows", _with_embeddings(given, lambda z: torch.eye(8))
-    if issubclass(loss, TwoViewLoss | QueryKeyLoss):
+    if issubclass(loss, TwoViewLoss | QueryKeyLoss | PredictionLoss):
         yield "identical views", (given[0], given[0].clone())
         yield "antipodal views", (given[0], -given[0])
     if issubclass(loss, LabelledLoss):
@@ -355,12 +380,13 @@ def _bad_inputs_get_one_sentence(loss: LossClass) -> None:
     refused("integers", good[0].long(), *rest)
     refused("no rows", *(t[:0] for t in good))
     refused("a list", good[0].tolist(), *rest)
-    refused("unequal rows", good[0], *(t[:-1] for t in rest))
-    if not issubclass(loss, LabelledLoss):
-        refused("unequal widths", good[0], *(t[:, :-1] for t in rest))
-        refused("unequal dtypes", good[0], *(t.float() for t in rest))
-    else:
-        refused("floating labels", good[0], good[1].double())
+    if rest:
+        refused("unequal rows", good[0], *(t[:-1] for t in rest))
+    if any(t.is_floating_point() for t in rest):
+        refused("unequal widths", good[0], *_with_embeddings(rest, lambda z: z[:, :-1]))
+        refused("unequal dtypes", good[0], *_with_embeddings(rest, lambda z: z.float()))
+    if rest and not rest[-1].is_floating_point():
+        refused("floating labels", *good[:-1], rest[-1].double())
     if "temperature" in options(loss):
         for value in (0.0, -1.0, float("nan"), "warm"):
             refused(f"temperature {value}", *good, temperature=value)
@@ -383,9 +409,10 @@ def check_group(loss: LossClass, ranks: Ranks, world_size: int, **hyperparameter
     """
     given = tuple(t.detach() for t in inputs(loss, rows=sum(_SPLITS[world_size]), width=5))
     single_loss, single_gradients = encoded_loss(None, loss, given, hyperparameters)
-    parts = [t.split(list(_SPLITS[world_size])) for t in given]
-    if issubclass(loss, QueueLoss):  # the same on all ranks
-        parts[-1] = (given[-1],) * world_size
+    parts = [
+        t.split(list(_SPLITS[world_size])) if _has_rows_of_samples(loss, i) else (t,) * world_size
+        for i, t in enumerate(given)
+    ]
     results = ranks.run(_rank_loss, loss, parts, hyperparameters, world_size=world_size)
     losses, gradients = zip(*results, strict=True)
     _assert_close(torch.stack(losses).mean(), single_loss, f"loss on {world_size} ranks", rtol=1e-6)

@@ -1,0 +1,334 @@
+"""Losses on prototypes: balanced codes (Sinkhorn), swapped prediction of codes (SwAV), and ProtoNCE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_core import _checks, similarity
+from cl_core._types import Group, Impl, Reduction
+from cl_core.distributed import Shard, shard
+from cl_core.losses._base import PrototypeLoss, ScoresLoss
+from cl_core.losses._common import check_rows, inverse, reduce
+
+
+def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, group: Group = None) -> Tensor:
+    r"""Codes of samples over prototypes that use all prototypes about equally.
+
+    Starting from Q = exp(scores / epsilon), each iteration divides Q by the sums over samples of its columns
+    (prototypes), then by the sums over prototypes of its rows (samples), so that in the end rows sum to 1 exactly and
+    columns nearly to N / K. In logarithms throughout: scores of any size stay finite. A constant for autograd.
+
+    Args:
+        scores: similarities of samples with prototypes, shape (N, K).
+        epsilon: > 0; small values make codes hard.
+        iterations: >= 1.
+        group: process group over which the samples are spread.
+
+    Returns:
+        Shape (N, K), float32 for half inputs.
+
+    Raises:
+        ValueError: if scores are empty or not finite, epsilon <= 0 or iterations < 1.
+
+    Cost: O(iterations N K) time, O(N K) memory; with a group one message of K numbers a rank and iteration.
+    Reference: Cuturi, "Sinkhorn Distances", NeurIPS 2013, arXiv 1306.0895, as used by Caron et al., NeurIPS 2020, arXiv
+    2006.09882. The divisions by N and K there only change constants that the last step removes.
+    """
+    _check_sinkhorn(epsilon, iterations)
+    check_rows(group, scores=scores)
+    return _codes(scores, epsilon, iterations, shard(scores, group))
+
+
+def _codes(scores: Tensor, epsilon: float, iterations: int, split: Shard) -> Tensor:
+    one_each = replace(split, counts=(1,) * split.world_size)
+    with torch.no_grad():
+        log_codes = similarity.at_least_float32(scores) / epsilon
+        for _ in range(iterations):
+            log_sums = one_each.gather(log_codes.logsumexp(0, keepdim=True))
+            log_codes = (log_codes - log_sums.logsumexp(0)).log_softmax(1)
+        return log_codes.exp()
+
+
+def swav_loss(
+    *scores: Tensor,
+    queue: Sequence[Tensor] | None = None,
+    assignment_crops: Sequence[int] = (0, 1),
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    temperature: float | Tensor = 0.1,
+    reduction: Reduction = "mean",
+    group: Group = None,
+) -> Tensor:
+    r"""Swapped prediction: each crop of a sample predicts the codes that other crops of it got.
+
+    With scores s^v (N, K) of crop v = 0 ... V-1, the crops A that give codes, and q^a = :func:`sinkhorn` of s^a,
+
+        l_i = 1/|A| sum_{a in A} 1/(V-1) sum_{v != a} -sum_k q^a_ik log softmax_k(s^v_i / T)
+
+    Codes are constants; the gradient comes through the predictions. For two crops it is the mean of both directions.
+
+    Args:
+        scores: V >= 2 tensors of shape (N, K), a crop each: dot products of unit embeddings with unit prototypes.
+        queue: for each of ``assignment_crops``, in its order, scores of earlier embeddings with the current
+            prototypes, shape (Q, K), the same on all ranks; they take part in the balance of the codes and in nothing
+            else.
+        assignment_crops: which crops give codes; small crops usually only predict.
+        epsilon: of :func:`sinkhorn`.
+        iterations: of :func:`sinkhorn`.
+        temperature: T > 0 of the predictions; a 0-d tensor receives a gradient.
+        reduction: "mean" over the N samples, "sum", or "none" for shape (N,).
+        group: process group over which the batch is spread: codes are balanced over all its rows.
+
+    Returns:
+        Scalar, or shape (N,) for reduction="none". float32 for half inputs.
+
+    Raises:
+        ValueError: if shapes differ, an input is empty or not finite, or a parameter is out of range.
+
+    Cost: O(V N K) time and memory, and that of :func:`sinkhorn` for each assignment crop.
+    Reference: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS
+    2020, arXiv 2006.09882.
+    """
+    _checks.reduction(reduction)
+    _checks.positive("temperature", temperature)
+    _check_sinkhorn(epsilon, iterations)
+    _check_crops(assignment_crops, len(scores))
+    named = {f"scores[{i}]": crop for i, crop in enumerate(scores)}
+    check_rows(group, **named)
+    _checks.same_shape(**named)
+    split = shard(scores[0], group)
+    codes = _codes_of_crops([scores[crop] for crop in assignment_crops], queue, epsilon, iterations, split)
+    values = []
+    for crop, given in enumerate(scores):
+        targets = [q for q, own in zip(codes, assignment_crops, strict=True) if own != crop]
+        if targets:
+            log_predictions = F.log_softmax(similarity.at_least_float32(given) / temperature, 1)
+            values.append(-similarity.row_products(sum(targets[1:], targets[0]), log_predictions))
+    each = sum(values[1:], values[0]) / (len(assignment_crops) * (len(scores) - 1))
+    return reduce(each, reduction, split=split)
+
+
+def _codes_of_crops(
+    scores: list[Tensor], queue: Sequence[Tensor] | None, epsilon: float, iterations: int, split: Shard
+) -> list[Tensor]:
+    """Codes of each assignment crop, balanced together with its queue."""
+    if queue is None:
+        return [_codes(crop, epsilon, iterations, split) for crop in scores]
+    if len(queue) != len(scores):
+        raise ValueError(
+            f"queue must hold one tensor for each of the {len(scores)} assignment crops, got {len(queue)}."
+        )
+    for i, earlier in enumerate(queue):
+        _checks.embeddings(f"queue[{i}]", earlier, at_least=0)
+        _checks.same_width(**{"scores[0]": scores[0], f"queue[{i}]": earlier})
+    # The queue is the same on all ranks: each of them brings a part of it, so that every row counts once.
+    part = slice(split.rank, None, split.world_size)
+    wide = similarity.at_least_float32
+    together = [
+        torch.cat([wide(crop), wide(earlier[part])]) for crop, earlier in zip(scores, queue, strict=True)
+    ]
+    return [_codes(rows, epsilon, iterations, split)[: len(scores[0])] for rows in together]
+
+
+def prototype_nce_loss(
+    z: Tensor,
+    prototypes: Tensor | Sequence[Tensor],
+    assignments: Tensor | Sequence[Tensor],
+    *,
+    concentration: Tensor | Sequence[Tensor] | None = None,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    group: Group = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    r"""Each row must find its prototype among all: the prototype part of ProtoNCE.
+
+    With u = z / |z|, prototypes c_k of unit length and their concentrations phi_k,
+
+        l_i = -log( exp(u_i . c_a(i) / phi_a(i)) / sum_k exp(u_i . c_k / phi_k) )
+
+    Several clusterings of the same rows (granularities, heads) are averaged per row. Without ``concentration`` every
+    phi_k is the temperature, and the loss is the cross entropy of DeepCluster-v2.
+
+    Args:
+        z: embeddings, shape (N, D).
+        prototypes: shape (K, D), the same on all ranks; or a sequence of M, one a clustering. They receive a gradient.
+        assignments: index of each row's prototype, integers of shape (N,); negative for a row that has none and does
+            not count; or a sequence of M.
+        concentration: phi_k > 0, shape (K,), in place of the temperature: small for a dense cluster. The paper scales
+            them to a mean of the temperature. Or a sequence of M.
+        temperature: T > 0; a 0-d tensor receives a gradient.
+        normalize: scale rows and prototypes to unit length first.
+        reduction: "mean" over the rows that have a prototype, "sum", or "none" for shape (N,), zero for the others.
+        group: process group over which the batch is spread.
+        impl: "dense", "tiled" or "auto".
+
+    Returns:
+        Scalar, or shape (N,) for reduction="none". float32 for half inputs.
+
+    Raises:
+        ValueError: if shapes do not fit, an input is empty or not finite, an assignment is not below K, or a
+            concentration or the temperature is <= 0.
+
+    Cost: O(N K D) time, O((N + K) D) memory beyond a few thousand rows, for each clustering.
+    Reference: Li et al., "Prototypical Contrastive Learning of Unsupervised Representations", ICLR 2021, arXiv
+    2005.04966. There the sum runs over a sample of the prototypes; its other term is ``info_nce_loss``.
+    """
+    _checks.reduction(reduction)
+    _checks.impl(impl)
+    _checks.positive("temperature", temperature)
+    check_rows(group, z=z)
+    clusterings = _as_clusterings(prototypes, assignments, concentration)
+    for number, clustering in enumerate(clusterings):
+        _check_clustering(z, *clustering, at="" if isinstance(prototypes, Tensor) else f"[{number}]")
+    rows = similarity.scaled_rows(z, normalize=normalize)
+    total, count = rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
+    for centres, index, phi in clusterings:
+        scale = inverse(temperature) if phi is None else phi.to(rows.dtype).reciprocal()
+        columns = similarity.scaled_rows(centres, scale=scale, normalize=normalize)
+        valid = index >= 0
+        own = index.long().clamp_min(0)
+        log_others = similarity.cross_log_sum_exp(
+            rows,
+            columns,
+            row_keys=own,
+            column_keys=torch.arange(len(columns), device=rows.device),
+            over="different",
+            impl=impl,
+        )
+        # softplus(others - own) keeps its precision where a row is close to its prototype and far from the rest.
+        margin = log_others - similarity.row_products(rows, columns.index_select(0, own))
+        total = total + torch.where(valid, F.softplus(margin, threshold=60), 0)
+        count = count + valid
+    return reduce(total / count.clamp_min(1), reduction, split=shard(z, group), valid=count > 0)
+
+
+def _as_clusterings(
+    prototypes: Tensor | Sequence[Tensor],
+    assignments: Tensor | Sequence[Tensor],
+    concentration: Tensor | Sequence[Tensor] | None,
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Prototypes, assignments and concentrations of each clustering."""
+    centres = [prototypes] if isinstance(prototypes, Tensor) else list(prototypes)
+    # A matrix of assignments, a row for each clustering, is a sequence too.
+    alone = isinstance(prototypes, Tensor) and isinstance(assignments, Tensor)
+    index = [assignments] if alone else list(assignments)
+    phi: list[Tensor | None] = [None] * len(centres)
+    if concentration is not None:
+        phi = [concentration] if isinstance(concentration, Tensor) else list(concentration)
+    if not len(centres) == len(index) == len(phi) or not centres:
+        raise ValueError(
+            "prototypes, assignments and concentration must be given for the same clusterings (at least 1), got "
+            f"{len(centres)}, {len(index)} and {len(phi)}."
+        )
+    return list(zip(centres, index, phi, strict=True))
+
+
+def _check_clustering(z: Tensor, centres: Tensor, index: Tensor, phi: Tensor | None, *, at: str) -> None:
+    _checks.embeddings(f"prototypes{at}", centres)
+    _checks.same_width(**{"z": z, f"prototypes{at}": centres})
+    _checks.labels(f"assignments{at}", index, rows=z.shape[0], of="z", device=z.device)
+    message = f"assignments{at} must be below the number of prototypes, {len(centres)}, got a larger one."
+    _checks.require((index < len(centres)).all(), message)
+    if phi is not None:
+        if not isinstance(phi, Tensor) or tuple(phi.shape) != (len(centres),):
+            got = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
+            raise ValueError(f"concentration{at} must be a tensor of shape ({len(centres)},), got {got}.")
+        _checks.positive(f"concentration{at}", phi, rows=len(centres))
+
+
+def _check_sinkhorn(epsilon: float, iterations: int) -> None:
+    _checks.positive("epsilon", epsilon)
+    _checks.count("iterations", iterations)
+
+
+def _check_crops(assignment_crops: Sequence[int], crops: int | None = None) -> None:
+    if not assignment_crops or len(set(assignment_crops)) != len(assignment_crops):
+        raise ValueError(f"assignment_crops must name each crop once and at least 1, got {assignment_crops}.")
+    for crop in assignment_crops:
+        _checks.count("assignment_crops", crop, at_least=0)
+    if crops is not None and (crops < 2 or max(assignment_crops) >= crops):
+        raise ValueError(
+            f"scores must hold at least {max(2, max(assignment_crops) + 1)} crops, one tensor each, got {crops}."
+        )
+
+
+class SwAVLoss(ScoresLoss):
+    """Module form of :func:`swav_loss`.
+
+    Args:
+        temperature: T > 0 of the predictions.
+        assignment_crops: which crops give codes.
+        epsilon: of :func:`sinkhorn`.
+        iterations: of :func:`sinkhorn`.
+        reduction: "mean", "sum" or "none".
+        group: process group over which the batch is spread: None, "world" or a process group.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        assignment_crops: Sequence[int] = (0, 1),
+        epsilon: float = 0.05,
+        iterations: int = 3,
+        reduction: Reduction = "mean",
+        group: Group = None,
+    ) -> None:
+        _check_sinkhorn(epsilon, iterations)
+        _check_crops(assignment_crops)
+        super().__init__(
+            temperature=temperature,
+            assignment_crops=tuple(assignment_crops),
+            epsilon=epsilon,
+            iterations=iterations,
+            reduction=reduction,
+            group=group,
+        )
+
+    def forward(self, *scores: Tensor, queue: Sequence[Tensor] | None = None) -> Tensor:
+        """Loss of the scores (N, K) of two or more crops, with optional scores (Q, K) of a queue for each code."""
+        return swav_loss(*scores, queue=queue, **self.hyperparameters())
+
+
+class PrototypeNCELoss(PrototypeLoss):
+    """Module form of :func:`prototype_nce_loss`.
+
+    Args:
+        temperature: T > 0, for prototypes without a concentration.
+        normalize: scale rows and prototypes to unit length first.
+        reduction: "mean", "sum" or "none".
+        group: process group over which the batch is spread: None, "world" or a process group.
+        impl: "dense", "tiled" or "auto".
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        normalize: bool = True,
+        reduction: Reduction = "mean",
+        group: Group = None,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__(
+            temperature=temperature, normalize=normalize, reduction=reduction, group=group, impl=impl
+        )
+
+    def forward(
+        self,
+        z: Tensor,
+        prototypes: Tensor | Sequence[Tensor],
+        assignments: Tensor | Sequence[Tensor],
+        concentration: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Loss of embeddings (N, D) over prototypes (K, D) with assignments (N,) and concentrations (K,)."""
+        return prototype_nce_loss(
+            z, prototypes, assignments, concentration=concentration, **self.hyperparameters()
+        )
