@@ -69,12 +69,13 @@ class Method(nn.Module):
         A group may scale the learning rate by ``"lr_scale"`` and name its ``"optimizer"``: groups of one name
         share an optimiser. All optimisers step on the one loss, unless :meth:`update` is defined.
         """
-        decayed, exempt = [], []
+        decayed: list[Tensor] = []
+        exempt: list[Tensor] = []
         for parameter in self.parameters():
             if parameter.requires_grad:
                 (decayed if parameter.ndim > 1 else exempt).append(parameter)
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+        settings = ((decayed, weight_decay), (exempt, 0.0))
+        return [{"params": params, "weight_decay": decay} for params, decay in settings if params]
 
     def update(
         self, batch: Any, optimizers: Mapping[str, Optimizer], backward: Callable[[Tensor], None]

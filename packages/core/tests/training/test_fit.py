@@ -16,7 +16,7 @@ import torch
 from cl_core.training import artifacts
 from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.evaluating import Evaluation, evaluate
-from cl_core.training.fit import Monitoring, TrainerOptions, fit
+from cl_core.training.fitting import Monitoring, TrainerOptions, fit
 from cl_core.training.optimization import Optimization
 
 CPU = {"accelerator": "cpu", "progress_bar": False}
@@ -178,7 +178,7 @@ spec.loader.exec_module(tiny)
 import os, signal, torch
 from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.evaluating import Evaluation
-from cl_core.training.fit import TrainerOptions, fit
+from cl_core.training.fitting import TrainerOptions, fit
 
 class Dies(tiny.TinyMethod):
     def after_step(self, progress):

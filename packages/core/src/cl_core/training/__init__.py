@@ -9,12 +9,56 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cl_core.training.adaptor import LitMethod
+    from cl_core.training.artifacts import export_method, load_export
+    from cl_core.training.callbacks import Diagnostics, KNNMonitor, MovingAverage
+    from cl_core.training.checkpoints import Checkpointing
     from cl_core.training.data import Data
+    from cl_core.training.evaluating import Evaluation, embed_split, evaluate
+    from cl_core.training.fitting import Drawing, FitResult, Monitoring, TrainerOptions, fit
+    from cl_core.training.optimization import Optimization
+    from cl_core.training.run import RunFolder
 
 _HOME = {
+    "Checkpointing": "checkpoints",
     "Data": "data",
+    "Diagnostics": "callbacks",
+    "Drawing": "fitting",
+    "Evaluation": "evaluating",
+    "FitResult": "fitting",
+    "KNNMonitor": "callbacks",
+    "LitMethod": "adaptor",
+    "Monitoring": "fitting",
+    "MovingAverage": "callbacks",
+    "Optimization": "optimization",
+    "RunFolder": "run",
+    "TrainerOptions": "fitting",
+    "embed_split": "evaluating",
+    "evaluate": "evaluating",
+    "export_method": "artifacts",
+    "fit": "fitting",
+    "load_export": "artifacts",
 }
-__all__ = ["Data"]
+__all__ = [
+    "Checkpointing",
+    "Data",
+    "Diagnostics",
+    "Drawing",
+    "Evaluation",
+    "FitResult",
+    "KNNMonitor",
+    "LitMethod",
+    "Monitoring",
+    "MovingAverage",
+    "Optimization",
+    "RunFolder",
+    "TrainerOptions",
+    "embed_split",
+    "evaluate",
+    "export_method",
+    "fit",
+    "load_export",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cl_core import diagnostics
 from cl_core.evaluation import knn_predict
 from cl_core.losses._base import LabelledLoss, QueryKeyLoss, TwoViewLoss
+from cl_core.momentum import ExponentialMovingAverage
 from cl_core.training.data import Data
 from cl_core.training.evaluating import embed_split
 from cl_core.training.files import write_atomically
@@ -142,42 +143,38 @@ class MovingAverage(pl.Callback):
         if not 0 < decay < 1:
             raise ValueError(f"decay must be in (0, 1), got {decay}.")
         self.decay = decay
-        self._average: dict[str, Tensor] = {}
+        self._average: ExponentialMovingAverage | None = None
+        self._restored: dict[str, Tensor] | None = None
         self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start from the weights as they are, or go on with the restored average."""
         self._step = pl_module.steps_done
-        current = pl_module.method.state_dict()
-        held = self._average or current
-        self._average = {
-            name: value.detach().to(current[name].device).clone() for name, value in held.items()
-        }
+        self._average = ExponentialMovingAverage(pl_module.method)
+        if self._restored is not None:
+            self._average.module.load_state_dict(self._restored)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update after an optimiser step."""
-        if pl_module.steps_done == self._step:
-            return
-        self._step = pl_module.steps_done
-        for name, value in pl_module.method.state_dict().items():
-            if value.is_floating_point():
-                self._average[name].lerp_(value.detach(), 1 - self.decay)
-            else:
-                self._average[name].copy_(value)
+        if self._average is not None and pl_module.steps_done != self._step:
+            self._step = pl_module.steps_done
+            self._average.update(pl_module.method, self.decay)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Make the average the result."""
-        pl_module.method.load_state_dict(self._average)
+        if self._average is not None:
+            pl_module.method.load_state_dict(self._average.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The average."""
-        return {"average": {name: value.cpu() for name, value in self._average.items()}}
+        state = self._average.module.state_dict() if self._average is not None else {}
+        return {"average": {name: value.cpu() for name, value in state.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        self._average = dict(state["average"])
+        self._restored = dict(state["average"])
 
 
 def sampled_similarities(first: Tensor, second: Tensor, samples: int) -> dict[str, Tensor]:

@@ -212,9 +212,23 @@ def fit(
         run.write_metrics(initialised_from=str(init_from), kept_initial=kept)
 
     method.train()
-    lit, table = _train(
-        method, data, run, settings["optimization"], trainer_options, checkpoint, monitor, labelled, package
-    )
+    try:
+        lit, table = _train(
+            method,
+            data,
+            run,
+            settings["optimization"],
+            trainer_options,
+            checkpoint,
+            monitor,
+            labelled,
+            package,
+        )
+    except KeyboardInterrupt:
+        state = (
+            "the last checkpoint is kept" if run.last_checkpoint.is_file() else "no checkpoint was due yet"
+        )
+        raise KeyboardInterrupt(f"{state}; go on with fit --resume {run.path}") from None
     method.to("cpu").eval()
     if not lit.trainer.is_global_zero:
         return FitResult(run, method, {}, [])

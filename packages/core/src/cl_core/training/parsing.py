@@ -1,0 +1,168 @@
+"""The parser of the commands, and its errors in one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
+
+from cl_core import plugins
+from cl_core.method import Method
+from cl_core.training.artifacts import base_classes, subclasses
+from cl_core.training.cli import Domain, usable
+from cl_core.training.data import Data
+
+
+def load_known(domain: Domain) -> dict[str, str]:
+    """Import what the command line may name by short names.
+
+    Returns:
+        For each plugin that cannot be imported, why; it matters only if it is asked for.
+    """
+    for module in {*domain.modules, *(target.partition(":")[0] for target in domain.data.values())}:
+        import_module(module)
+    broken = {}
+    for plugin in (
+        *usable(domain, plugins.available_methods()),
+        *usable(domain, plugins.available_losses()),
+    ):
+        try:
+            plugin.load()
+        except Exception as error:  # a third party's module may raise anything
+            broken[plugin.name] = str(error)
+    return broken
+
+
+class Parser:
+    """A jsonargparse parser that says in one sentence what is wrong.
+
+    Args:
+        domain: whose command it is.
+        verb: of the command.
+    """
+
+    def __init__(self, domain: Domain, verb: str) -> None:
+        self.domain = domain
+        self.broken = load_known(domain)
+        self.parser = ArgumentParser(prog=f"{domain.command} {verb}", exit_on_error=False)
+
+    def add_config(self) -> None:
+        """Add ``--config NAME|PATH`` and ``--print_config``."""
+        self.parser.add_argument(
+            "--config", action=ActionConfigFile, help="name of a shipped configuration, or a file"
+        )
+
+    def add_model(self) -> None:
+        """Add ``--model``, a method."""
+        self.parser.add_subclass_arguments(Method, "model", required=False)
+
+    def add_data(self) -> None:
+        """Add ``--data``."""
+        self.parser.add_subclass_arguments(Data, "data", required=False)
+
+    def add_settings(self, **settings: type) -> None:
+        """Add dataclasses of settings by name."""
+        for name, kind in settings.items():
+            self.parser.add_class_arguments(kind, name)
+
+    def parse(self, args: Sequence[str]) -> Namespace:
+        """Parse arguments.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        resolved: list[str] = []
+        for place, arg in enumerate(args):
+            if place and args[place - 1] == "--config":
+                resolved.append(str(self.domain.find_config(arg)))
+            elif arg.startswith("--config="):
+                resolved.append(f"--config={self.domain.find_config(arg.partition('=')[2])}")
+            else:
+                resolved.append(arg)
+        return self._parse(resolved)
+
+    def parse_over(self, config: dict[str, Any], args: Sequence[str]) -> Namespace:
+        """Parse arguments on top of a configuration that was read already."""
+        return self._parse([f"--config={yaml.safe_dump(config)}", *args])
+
+    def _parse(self, args: list[str]) -> Namespace:
+        try:
+            return self.parser.parse_args(args)
+        except ArgumentError as error:
+            raise ValueError(self.explain(str(error))) from None
+        except (TypeError, KeyError) as error:
+            raise ValueError(" ".join(str(error).split())) from None
+
+    def instantiate(self, config: Namespace) -> Namespace:
+        """Build the classes of a parsed configuration."""
+        build = getattr(self.parser, "instantiate", None) or self.parser.instantiate_classes
+        return build(config)  # type: ignore[no-any-return]
+
+    def dump(self, config: Namespace, *, without: Iterable[str]) -> str:
+        """A parsed configuration as YAML."""
+        kept = config.clone()
+        for name in without:
+            if name in kept:
+                kept[name] = None
+        return str(self.parser.dump(kept))
+
+    def explain(self, message: str) -> str:
+        """One sentence for an error of the parser."""
+        if found := re.search(r"unrecognized arguments: (.+)", message):
+            option = found[1].split()[0].partition("=")[0]
+            known = [name for action in self.parser._actions for name in action.option_strings]
+            return plugins.unknown("option", option, known)
+        if found := re.search(r"Option '([^']+)' is not accepted", message):
+            owner = self._class(message[: found.start()])
+            parameters = list(inspect.signature(owner).parameters) if owner else []
+            where = _option(message[: found.start()])
+            return plugins.unknown(f"parameter of {owner.__name__ if owner else where}", found[1], parameters)
+        if found := re.search(r'(?:Key|Parser key|Option) "?\'?([\w.]+)"?\'? (?:is )?required', message):
+            owner = self._class(message[: found.start()])
+            return f"{owner.__name__ if owner else 'the command'} needs a value for {found[1]!r}."
+        if found := re.search(r"Expected a dot import path string: (.+)", message):
+            return self._unknown_class(found[1].strip(), message[: found.start()])
+        if found := re.search(r"Expected an? (?P<type>.+?)\. Got value: (?P<value>.+)", message):
+            expected = found["type"].replace("<class '", "").replace("'>", "").replace("typing.", "")
+            return f"{_option(message[: found.start()])} must be a {expected}, got {found['value']!r}."
+        return " ".join(re.sub(r"Given value type:.*", "", message, flags=re.S).split())
+
+    def _unknown_class(self, name: str, before: str) -> str:
+        if name in self.broken:
+            return self.broken[name]
+        key = _option(before).rpartition(".")[2].lstrip("-")
+        owner = self._class(before)
+        roots: dict[str, list[type]] = {"model": [Method], "data": [Data]}
+        bases = roots.get(key, [])
+        if owner is not None:
+            hints = typing.get_type_hints(inspect.getattr_static(owner, "__init__"))
+            bases = base_classes(hints.get(key))
+        known = {child.__name__ for base in bases for child in subclasses(base) if child not in bases}
+        known = {entry for entry in known if not entry.startswith("_")}
+        topic = {"model": "methods", "data": "data", "loss": "losses"}.get(key)
+        hint = f' ("{self.domain.command} list {topic}" shows all)' if topic else ""
+        kinds = " or ".join(base.__name__ for base in bases) or "class"
+        return plugins.unknown(f"{kinds} for {_option(before)}", name, known) + hint
+
+    def _class(self, before: str) -> type | None:
+        """The class whose arguments the last part of a nested error is about."""
+        paths = re.findall(r"class_path '([^']+)'", before)
+        if not paths:
+            return None
+        module, _, name = paths[-1].rpartition(".")
+        for base in (Method, Data):
+            for child in subclasses(base):
+                if (child.__module__, child.__qualname__) == (module, name):
+                    return child
+        return getattr(import_module(module), name, None)
+
+
+def _option(before: str) -> str:
+    """The option that a nested error is about."""
+    return "--" + ".".join(re.findall(r'Parser key "([^"]+)"', before))

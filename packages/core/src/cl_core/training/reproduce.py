@@ -1,0 +1,219 @@
+"""``reproduce``: a grid of shipped configurations over seeds, one cell a run, continued where it was stopped.
+
+A grid is a YAML file in the package, ``configs/reproduce/NAME.yaml``::
+
+    title: What the table shows
+    seeds: [0, 1, 2]
+    metrics: [knn, linear]
+    cells:
+      - method: DCL
+        setting: digits, batch 32
+        config: dcl/digits
+        overrides: {data.batch_size: 32}
+        published: {linear: 0.98, source: "Authors, Venue, Table 1"}
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentParser
+
+from cl_core import plugins
+from cl_core.training.cli import Domain
+from cl_core.training.files import make_folder, read_json, to_json, write_atomically
+from cl_core.training.run import RunFolder
+
+_ENCODERS = ("trained", "untrained", "raw")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of a grid: a method in a setting, over all seeds.
+
+    Attributes:
+        method: name of the method in the table.
+        setting: name of the setting in the table.
+        config: name of the shipped configuration.
+        overrides: options on top of it.
+        published: published value of each metric, in [0, 1], and its ``source``.
+    """
+
+    method: str
+    setting: str
+    config: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    published: Mapping[str, Any] = field(default_factory=dict)
+
+    def folder(self, seed: int) -> str:
+        """Folder name of the run of one seed."""
+        return (
+            f"{re.sub(r'[^A-Za-z0-9.]+', '-', f'{self.method}-{self.setting}').strip('-').lower()}-seed{seed}"
+        )
+
+    def arguments(self, seed: int) -> list[str]:
+        """Arguments of ``fit`` for one seed."""
+        options = [f"--{name}={_option(value)}" for name, value in self.overrides.items()]
+        return ["--config", self.config, *options, f"--seed={seed}"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file, read and checked.
+
+    Attributes:
+        title: of the table.
+        seeds: of every cell.
+        metrics: shown in the table.
+        cells: its lines.
+    """
+
+    title: str
+    seeds: tuple[int, ...]
+    metrics: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Grid:
+        """Read a grid.
+
+        Raises:
+            ValueError: in one sentence, if the file is not a grid.
+        """
+        content = yaml.safe_load(path.read_text())
+        try:
+            return cls(
+                title=content["title"],
+                seeds=tuple(int(seed) for seed in content["seeds"]),
+                metrics=tuple(content.get("metrics", ("knn", "linear"))),
+                cells=tuple(Cell(**cell) for cell in content["cells"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a grid of cells: {error}.") from None
+
+
+def reproduce_command(domain: Domain, args: list[str]) -> None:
+    """``reproduce NAME``: run what is missing, print and write the table."""
+    parser = ArgumentParser(prog=f"{domain.command} reproduce", exit_on_error=False)
+    parser.add_argument("name", type=str, help="a grid ('list configs' shows them), or its file")
+    parser.add_argument("--output", type=str, default=None, help="folder; default runs/reproduce-NAME")
+    parser.add_argument("--seeds", type=list[int], default=None, help="instead of the grid's, such as [0,1]")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    try:
+        config = parser.parse_args(args)
+    except Exception as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    name = Path(config.name).stem if Path(config.name).is_file() else config.name
+    output = Path(config.output or f"runs/reproduce-{name}")
+    print(reproduce(domain, config.name, output=output, seeds=config.seeds))
+    print(f"table: {output / 'results.md'}")
+
+
+def reproduce(domain: Domain, name: str, *, output: str | Path, seeds: Sequence[int] | None = None) -> str:
+    """Run a grid; cells that are finished in ``output`` are not run again, a cut one is resumed.
+
+    Args:
+        domain: whose grid it is.
+        name: of a shipped grid, or a file.
+        output: folder of the runs and of ``results.json`` and ``results.md``, rewritten after each run.
+        seeds: instead of the grid's.
+
+    Returns:
+        The table, as Markdown.
+
+    Raises:
+        ValueError: for an unknown grid, or if ``output`` holds a run of other settings.
+    """
+    grids = domain.grids()
+    if not Path(name).is_file() and name not in grids:
+        raise ValueError(plugins.unknown("grid or file", name, grids))
+    grid = Grid.read(Path(name) if Path(name).is_file() else grids[name])
+    folder = make_folder(output)
+    chosen = tuple(seeds) if seeds else grid.seeds
+    queue = [(cell, seed) for seed in chosen for cell in grid.cells]
+    table = ""
+    for place, (cell, seed) in enumerate(queue):
+        print(f"[{place + 1}/{len(queue)}] {cell.method}, {cell.setting}, seed {seed}", flush=True)
+        _run_cell(domain, cell, seed, folder)
+        results = _collect(grid, chosen, folder)
+        table = markdown(grid, results)
+        write_atomically(folder / "results.json", to_json(results))
+        write_atomically(folder / "results.md", table)
+    return table
+
+
+def markdown(grid: Grid, results: Sequence[Mapping[str, Any]]) -> str:
+    """The table of a grid's results."""
+    head = ["method", "setting", "seeds"]
+    for metric in grid.metrics:
+        head += [metric, f"{metric}, untrained", f"{metric}, raw", f"{metric}, published"]
+    lines = [f"# {grid.title}", "", _line(head), _line(["---"] * len(head))]
+    for row in results:
+        cells = [row["method"], row["setting"], str(len(row["seeds"]))]
+        for metric in grid.metrics:
+            cells += [_spread(row[encoder].get(metric)) for encoder in _ENCODERS]
+            published = row["published"].get(metric)
+            cells.append("none" if published is None else f"{100 * published:.1f}")
+        lines.append(_line(cells))
+    lines += ["", "Test accuracy in percent: mean +- standard deviation over the seeds (n - 1)."]
+    sources = [
+        f"{row['method']}: {row['published']['source']}" for row in results if "source" in row["published"]
+    ]
+    return "\n".join([*lines, *(f"Published, {source}." for source in dict.fromkeys(sources)), ""])
+
+
+def _run_cell(domain: Domain, cell: Cell, seed: int, folder: Path) -> None:
+    from cl_core.training.commands import fit_from
+
+    run = RunFolder(folder / cell.folder(seed))
+    asked = run.path / "cell.json"
+    plan = {"arguments": cell.arguments(seed)}
+    if asked.is_file() and read_json(asked) != plan:
+        raise ValueError(f"{run.path} holds a run of other settings: choose another --output.")
+    write_atomically(asked, to_json(plan))
+    if run.finished:
+        return
+    where = ["--resume", str(run.path)] if run.config.is_file() else ["--run_dir", str(run.path)]
+    fit_from(domain, where if where[0] == "--resume" else [*cell.arguments(seed), *where])
+
+
+def _collect(grid: Grid, seeds: Sequence[int], folder: Path) -> list[dict[str, Any]]:
+    results = []
+    for cell in grid.cells:
+        runs = {seed: RunFolder(folder / cell.folder(seed)) for seed in seeds}
+        found = {seed: run.read_metrics() for seed, run in runs.items() if run.finished}
+        if not found:
+            continue
+        row: dict[str, Any] = {"method": cell.method, "setting": cell.setting, "seeds": list(found)}
+        for encoder in _ENCODERS:
+            measured = [metrics[encoder] for metrics in found.values() if metrics.get(encoder)]
+            row[encoder] = {
+                metric: [entry[metric] for entry in measured] for metric in grid.metrics if measured
+            }
+        results.append({**row, "published": dict(cell.published)})
+    return results
+
+
+def _spread(values: Sequence[float] | None) -> str:
+    if not values:
+        return "none"
+    mean = 100 * statistics.fmean(values)
+    return f"{mean:.1f} +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _option(value: Any) -> str:
+    return (
+        value
+        if isinstance(value, str)
+        else str(yaml.safe_dump(value, default_flow_style=True)).split("\n")[0]
+    )
