@@ -216,9 +216,9 @@ def _as_clusterings(
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """Prototypes, assignments and concentrations of each clustering."""
     centres = [prototypes] if isinstance(prototypes, Tensor) else list(prototypes)
-    # A matrix of assignments, a row for each clustering, is a sequence too.
-    alone = isinstance(prototypes, Tensor) and isinstance(assignments, Tensor)
-    index = [assignments] if alone else list(assignments)
+    # A matrix of assignments, a row for each of several clusterings, is a sequence too.
+    one = isinstance(prototypes, Tensor) and isinstance(assignments, Tensor)
+    index: list[Tensor] = [assignments] if one else list(assignments)  # type: ignore[list-item]
     phi: list[Tensor | None] = [None] * len(centres)
     if concentration is not None:
         phi = [concentration] if isinstance(concentration, Tensor) else list(concentration)

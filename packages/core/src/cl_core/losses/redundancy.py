@@ -47,7 +47,7 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, *, lambd: float = 0.005, group: Gr
     views, split = _centred(z1, z2, group, "barlow_twins_loss")
     variance = split.sum(views.square().sum(1)) / split.total
     standard = views * (variance + _BATCH_NORM_EPS).rsqrt()[:, None]
-    correlation = split.sum(_Product.apply(standard[0].t(), standard[1])) / split.total  # type: ignore[no-untyped-call]
+    correlation = split.sum(_Product.apply(standard[0].t(), standard[1])) / split.total
     invariance = (1 - correlation.diagonal()).square().sum()
     return invariance + lambd * _off_diagonal(correlation).square().sum()
 
@@ -94,7 +94,7 @@ def vicreg_loss(
     """
     _check_vicreg(sim_weight, var_weight, cov_weight, eps)
     views, split = _centred(z1, z2, group, "vicreg_loss")
-    covariance = split.sum(_Product.apply(views.mT, views)) / (split.total - 1)  # type: ignore[no-untyped-call]
+    covariance = split.sum(_Product.apply(views.mT, views)) / (split.total - 1)
     deviation = (covariance.diagonal(dim1=1, dim2=2) + eps).sqrt()
     distance = split.sum((at_least_float32(z1) - at_least_float32(z2)).square().sum())
     width = z1.shape[1]
@@ -128,7 +128,7 @@ class _Product(torch.autograd.Function):
             return x @ y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, y = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             return gradient @ y.mT, x.mT @ gradient
@@ -140,7 +140,7 @@ def _off_diagonal(matrices: Tensor) -> Tensor:
     Without the last entry, the matrix read in rows of D + 1 has its diagonal in the first column.
     """
     width = matrices.shape[-1]
-    return matrices.flatten(-2)[..., :-1].unflatten(-1, (width - 1, width + 1))[..., 1:]
+    return matrices.flatten(-2)[..., :-1].view(*matrices.shape[:-2], width - 1, width + 1)[..., 1:]
 
 
 def _check_vicreg(sim_weight: float, var_weight: float, cov_weight: float, eps: float) -> None:
