@@ -26,8 +26,8 @@ from cl_vision.methods.simclr import SimCLR
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--loss", choices=["DCLLoss", "NTXentLoss"], default="DCLLoss")
-parser.add_argument("--temperature", type=float, default=0.1)
-parser.add_argument("--epochs", type=int, default=40)
+parser.add_argument("--temperature", type=float, default=0.5)
+parser.add_argument("--epochs", type=int, default=60)
 parser.add_argument("--batch_size", type=int, default=128)
 parser.add_argument("--learning_rate", type=float, default=1e-3)
 parser.add_argument("--seed", type=int, default=0)

@@ -119,9 +119,10 @@ class SimCLRTransform(ViewTransform):
 
 
 class SmallGrayTransform(ViewTransform):
-    """View for small grey images: mild crop and affine map, no colour, no flip unless asked for.
+    """View for small grey images: crop, affine map, brightness and contrast; no flip unless asked for.
 
-    A mirrored or strongly cropped digit is another digit; for clothes (Fashion-MNIST) use ``flip=0.5``.
+    A mirrored digit is another digit; for clothes (Fashion-MNIST) use ``flip=0.5``. The defaults were chosen on the
+    validation images of ``Digits``, where the change of contrast matters most.
 
     Args:
         size: height and width of the view, in pixels.
@@ -140,12 +141,12 @@ class SmallGrayTransform(ViewTransform):
     def __init__(
         self,
         size: int = 28,
-        scale: Range = (0.6, 1.0),
+        scale: Range = (0.4, 1.0),
         ratio: Range = (0.8, 1.25),
-        rotation: float = 15.0,
+        rotation: float = 20.0,
         translation: float = 0.1,
-        zoom: Range = (0.9, 1.1),
-        shear: float = 10.0,
+        zoom: Range = (0.8, 1.2),
+        shear: float = 15.0,
         flip: float = 0.0,
         contrast: float = 0.4,
         blur: float = 0.0,

@@ -21,7 +21,7 @@ class Digits(ImageData):
         batch_size: images a training batch.
         num_workers: loader processes; 0 reads in the main one.
         image_size: height and width to which the images are enlarged (bilinear), at least 8.
-        transform: makes the random views; None for small affine maps and crops.
+        transform: makes the random views; None for affine maps, crops and contrast.
         num_views: random views an image.
         validation: share of the training images held out for validation.
         test: share of all images held out for testing.
@@ -57,7 +57,7 @@ class Digits(ImageData):
         )
 
     def default_transform(self) -> ViewTransform:
-        """Mild views: a mirrored or strongly cropped digit is another digit."""
+        """Affine maps, crops and contrast, no flips: a mirrored digit is another digit."""
         return SmallGrayTransform(self.image_size)
 
     def read(self) -> dict[Split, Images]:
