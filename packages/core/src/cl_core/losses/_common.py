@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cl_core import _checks, similarity
+from cl_core import _checks, _ring, similarity
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 
@@ -44,16 +44,9 @@ class ViewTerms:
             bound = None if self.bound is None else self.bound * sharpness
             result = similarity.self_log_sum_exp(rows, group_size=count, bound=bound, impl=self.impl)
             return result.view(-1, count)
-        columns = split.gather(rows, each=count)
-        row_keys = torch.arange(len(rows), device=rows.device).div_(count, rounding_mode="floor")
-        column_keys = torch.arange(len(columns), device=rows.device).div_(count, rounding_mode="floor")
-        return similarity.cross_log_sum_exp(
-            rows,
-            columns,
-            row_keys=row_keys + split.offset,
-            column_keys=column_keys,
-            over="different",
-            impl=self.impl,
+        own = torch.arange(len(rows), device=rows.device).div_(count, rounding_mode="floor") + split.offset
+        return _ring.log_sum_exp(
+            rows, rows, split, each=count, row_keys=own, column_keys=own, over="different", impl=self.impl
         ).view(-1, count)
 
 
@@ -190,15 +183,8 @@ def _towers(
 
 def _over_ranks(rows: Tensor, columns: Tensor, split: Shard, impl: Impl) -> Tensor:
     """Log-sum-exp of rows against the columns of all ranks, less the row's own partner."""
-    columns = split.gather(columns)
-    return similarity.cross_log_sum_exp(
-        rows,
-        columns,
-        row_keys=torch.arange(split.offset, split.offset + len(rows), device=rows.device),
-        column_keys=torch.arange(len(columns), device=rows.device),
-        over="different",
-        impl=impl,
-    )
+    own = torch.arange(split.offset, split.offset + len(rows), device=rows.device)
+    return _ring.log_sum_exp(rows, columns, split, row_keys=own, column_keys=own, over="different", impl=impl)
 
 
 def check_rows(group: Group, **tensors: Tensor) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from cl_core import _checks, similarity
+from cl_core import _checks, _ring, similarity
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import shard
 from cl_core.losses._base import EmbeddingLoss, TwoViewLoss
@@ -98,18 +98,17 @@ def uniformity_loss(
         potentials = similarity.self_log_sum_exp(rows, bound=2 * t, impl=impl) - 2 * t
     else:
         halves = rows.square().sum(1, keepdim=True) / 2 if not normalize else torch.full_like(rows[:, :1], t)
-        columns = split.gather(torch.cat([rows, -halves], 1))
-        potentials = (
-            similarity.cross_log_sum_exp(
-                torch.cat([rows, torch.ones_like(halves)], 1),
-                columns,
-                row_keys=torch.arange(split.offset, split.offset + len(rows), device=rows.device),
-                column_keys=torch.arange(len(columns), device=rows.device),
-                over="different",
-                impl=impl,
-            )
-            - halves[:, 0]
+        own = torch.arange(split.offset, split.offset + len(rows), device=rows.device)
+        potentials = _ring.log_sum_exp(
+            torch.cat([rows, torch.ones_like(halves)], 1),
+            torch.cat([rows, -halves], 1),
+            split,
+            row_keys=own,
+            column_keys=own,
+            over="different",
+            impl=impl,
         )
+        potentials = potentials - halves[:, 0]
     return split.gather(potentials).logsumexp(0) - math.log(split.total * (split.total - 1))
 
 

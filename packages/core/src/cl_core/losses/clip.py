@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_core import _checks, similarity
+from cl_core import _checks, _ring, similarity
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import shard
 from cl_core.losses._base import TwoViewLoss
@@ -116,14 +116,14 @@ def siglip_loss(
     rows = similarity.scaled_rows(image, scale=logit_scale, normalize=normalize)
     columns = similarity.scaled_rows(text, normalize=normalize)
     positives = similarity.row_products(rows, columns) + logit_bias
-    everyone = split.gather(columns)
-    ids = torch.arange(len(everyone), device=rows.device)
-    negatives = similarity.softplus_sum(
+    own = torch.arange(split.offset, split.offset + len(rows), device=rows.device)
+    negatives = _ring.softplus_sum(
         rows,
-        everyone,
+        columns,
         torch.zeros_like(positives) + logit_bias,
-        row_keys=ids[split.offset : split.offset + len(rows)],
-        column_keys=ids,
+        split,
+        row_keys=own,
+        column_keys=own,
         over="different",
         impl=impl,
     )

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_core import _checks, similarity
+from cl_core import _checks, _ring, similarity
+from cl_core._tiles import Over
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 from cl_core.losses._base import LabelledLoss
@@ -96,46 +97,43 @@ def sup_con_loss(
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Anchors, what they are compared with, and the labels of both as ranks 0, 1, ...; ids tell a row from itself."""
+    """Anchors and what they are compared with: their own batch, that of all ranks, or other rows.
+
+    Labels are renumbered 0, 1, ... below ``classes``, over all ranks alike. Ids tell a row from itself; None if no
+    column can be a row.
+    """
 
     rows: Tensor
     columns: Tensor
     row_labels: Tensor
     column_labels: Tensor
-    row_ids: Tensor | None
-    column_ids: Tensor | None
+    ids: Tensor | None
+    classes: int
     split: Shard
     bound: float | None
     impl: Impl
 
     def log_sum(self, over: Literal["others", "same", "different"]) -> Tensor:
         """Log-sum-exp of an anchor's logits with all other columns, or those of its label, or of other labels."""
-        if self.columns is self.rows:
-            keys = None if over == "others" else self.row_labels
-            return similarity.self_log_sum_exp(
-                self.rows,
-                keys=keys,
-                over="same" if over == "same" else "different",
-                bound=self.bound,
-                impl=self.impl,
-            )
-        if over == "others" and self.row_ids is None:
-            return similarity.cross_log_sum_exp(self.rows, self.columns, impl=self.impl)
-        if over == "others":
+        pairs: Over = "same" if over == "same" else "different"
+        if self.ids is None:
+            pairs = "all" if over == "others" else pairs
             return similarity.cross_log_sum_exp(
-                self.rows,
-                self.columns,
-                row_keys=self.row_ids,
-                column_keys=self.column_ids,
-                over="different",
-                impl=self.impl,
+                self.rows, self.columns, over=pairs, impl=self.impl, **self._keys()
             )
-        return similarity.cross_log_sum_exp(
-            self.rows, self.columns, over=over, impl=self.impl, **self._keys()
-        )
+        if self.split.group is None:
+            keys = None if over == "others" else self.row_labels
+            options = {"bound": self.bound, "impl": self.impl}
+            return similarity.self_log_sum_exp(self.rows, keys=keys, over=pairs, **options)  # type: ignore[arg-type]
+        keys_of = {"row_keys": self.ids, "column_keys": self.ids} if over == "others" else self._keys()
+        return _ring.log_sum_exp(self.rows, self.columns, self.split, over=pairs, impl=self.impl, **keys_of)
 
     def pair_sum(self, offset: Tensor) -> Tensor:
         """Sum over an anchor's positives of softplus(offset - logit)."""
+        if self._spread:
+            return _ring.softplus_sum(
+                -self.rows, self.columns, offset, self.split, over="same", impl=self.impl, **self._keys()
+            )
         return similarity.softplus_sum(
             -self.rows, self.columns, offset, over="same", impl=self.impl, **self._keys()
         )
@@ -143,29 +141,31 @@ class _Comparison:
     def positive_count(self) -> Tensor:
         """Number of positives of each anchor."""
         ones = torch.ones_like(self.column_labels)
-        counts = ones.new_zeros(self._classes()).index_add(0, self.column_labels, ones)
-        return counts[self.row_labels] - int(self.row_ids is not None)
+        counts = self._over_ranks(ones.new_zeros(self.classes).index_add(0, self.column_labels, ones))
+        return counts[self.row_labels] - int(self.ids is not None)
 
     def positive_sum(self) -> Tensor:
         """Sum of an anchor's logits with its positives: one product with the sum of its class."""
-        sums = self.columns.new_zeros(self._classes(), self.columns.shape[1])
-        sums = sums.index_add(0, self.column_labels, self.columns)
+        sums = self.columns.new_zeros(self.classes, self.columns.shape[1])
+        sums = self._over_ranks(sums.index_add(0, self.column_labels, self.columns))
         total = similarity.row_products(self.rows, sums.index_select(0, self.row_labels))
-        return total if self.row_ids is None else total - similarity.row_products(self.rows, self.rows)
+        return total if self.ids is None else total - similarity.row_products(self.rows, self.rows)
+
+    @property
+    def _spread(self) -> bool:
+        """Whether the columns are spread over ranks (other rows to compare with are the same on all)."""
+        return self.ids is not None and self.split.group is not None
+
+    def _over_ranks(self, of_columns: Tensor) -> Tensor:
+        return self.split.sum(of_columns) if self._spread else of_columns
 
     def _keys(self) -> dict[str, Tensor | None]:
         return {
             "row_keys": self.row_labels,
             "column_keys": self.column_labels,
-            "row_ids": self.row_ids,
-            "column_ids": self.column_ids,
+            "row_ids": self.ids,
+            "column_ids": self.ids,
         }
-
-    def _classes(self) -> int:
-        """Number of classes, or an upper bound where counting them would stall or break a graph."""
-        if torch.compiler.is_compiling() or self.rows.device.type != "cpu":
-            return len(self.row_labels) + len(self.column_labels)
-        return 1 + max((int(t.max()) for t in (self.row_labels, self.column_labels) if len(t)), default=0)
 
 
 def _compare(
@@ -180,32 +180,37 @@ def _compare(
 ) -> _Comparison:
     bound = similarity.logit_bound(temperature, normalize)
     split = shard(z, group)
-    labels = labels.long()
+    labels, count = labels.long(), len(labels)
     if ref is not None or ref_labels is not None:
         if ref is None or ref_labels is None:
             raise ValueError("ref and ref_labels must be given together, got only one of them.")
         _checks.embeddings("ref", ref)
         _checks.same_width(z=z, ref=ref)
         _checks.labels("ref_labels", ref_labels, rows=ref.shape[0], of="ref", device=ref.device)
-        ranks = _dense_ranks(torch.cat([labels, ref_labels.long()]))
+        numbers, classes = _renumbered(torch.cat([labels, ref_labels.long()]))
         rows = similarity.scaled_rows(z, scale=inverse(temperature), normalize=normalize)
         columns = similarity.scaled_rows(ref, normalize=normalize)
-        row_labels, column_labels = ranks[: len(labels)], ranks[len(labels) :]
-        return _Comparison(rows, columns, row_labels, column_labels, None, None, split, bound, impl)
+        return _Comparison(rows, columns, numbers[:count], numbers[count:], None, classes, split, bound, impl)
     rows = similarity.scaled_rows(z, scale=root_scale(temperature), normalize=normalize)
-    columns = split.gather(rows)
-    column_labels = _dense_ranks(split.gather(labels))
-    own = slice(split.offset, split.offset + len(labels))
-    ids = torch.arange(len(columns), device=rows.device)
-    return _Comparison(rows, columns, column_labels[own], column_labels, ids[own], ids, split, bound, impl)
+    numbers, classes = _renumbered(split.gather(labels))
+    own = numbers[split.offset : split.offset + count]
+    ids = torch.arange(split.offset, split.offset + count, device=rows.device)
+    return _Comparison(rows, rows, own, own, ids, classes, split, bound, impl)
 
 
-def _dense_ranks(labels: Tensor) -> Tensor:
-    """Labels renumbered 0, 1, ... in ascending order, by operations whose shapes do not depend on the values."""
+def _renumbered(labels: Tensor) -> tuple[Tensor, int]:
+    """Labels as 0, 1, ... in ascending order, and how many there are, or an upper bound.
+
+    All shapes are independent of the values; counting would break a graph, or stall an accelerator.
+    """
     ordered, order = labels.sort()
     steps = torch.zeros_like(ordered)
     steps[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(labels).index_copy(0, order, steps.cumsum(0))
+    numbers = steps.cumsum(0)
+    count = len(labels)
+    if count and not torch.compiler.is_compiling() and labels.device.type == "cpu":
+        count = int(numbers[-1]) + 1
+    return torch.empty_like(labels).index_copy(0, order, numbers), count
 
 
 class SupConLoss(LabelledLoss):
