@@ -17,7 +17,7 @@ from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.cli import Domain
 from cl_core.training.data import SPLITS
 from cl_core.training.evaluating import Evaluation, accuracies, embed_split, has_labels
-from cl_core.training.files import to_json, write_atomically
+from cl_core.training.files import write_atomically
 from cl_core.training.fitting import FitResult, Monitoring, TrainerOptions, fit, weights_of
 from cl_core.training.optimization import Optimization
 from cl_core.training.parsing import Parser
@@ -83,30 +83,26 @@ def fit_from(domain: Domain, args: list[str]) -> FitResult:
     add("--init_from", type=str, default=None, help="run, export or checkpoint whose weights to start from")
     add("--debug", action="store_true", help="show where an error came from")
     resume, rest = _without_option(args, "--resume")
-    if resume is None:
-        config = parser.parse(args)
-        config_text = parser.dump(config, without=_NOT_KEPT)
-    else:
+    if resume is not None:
         stored = RunFolder.existing(resume).read_config()
-        if "class_path" not in (stored.get("model") or {}) and isinstance(stored.get("model"), dict):
+        if "class_path" not in (stored.get("model") or {}):
             raise ValueError(f"{resume} was started from Python: resume it there, with fit(..., resume=...).")
         config = parser.parse_over(stored, rest)
-        config_text = parser.dump(config, without=_NOT_KEPT)
-    if config.data is None:
-        raise ValueError(
-            f"no data: pass --config NAME or --data CLASS ({domain.command} list configs, list data)."
-        )
+    else:
+        config = parser.parse(args)
+    if config.model is None and config.init_from is not None:
+        exported = artifacts.read_export_config(_export_of(config.init_from))
+        config = parser.parse_over({"model": _as_config(exported["model"])}, args)
+    for name, topic in (("data", "data"), ("model", "methods")):
+        if config[name] is None:
+            raise ValueError(
+                f"no {name}: pass --config NAME ({domain.command} list configs) "
+                f"or --{name} CLASS ({domain.command} list {topic})."
+            )
     torch.manual_seed(config.seed)
     built = parser.instantiate(config)
-    method = built.model
-    if method is None and config.init_from is not None and artifacts.is_export(_export_of(config.init_from)):
-        method = artifacts.load_export(_export_of(config.init_from)).train()
-    if method is None:
-        raise ValueError(
-            f"no model: pass --config NAME or --model CLASS ({domain.command} list configs, list methods)."
-        )
     return fit(
-        method,
+        built.model,
         built.data,
         optimization=built.optimization,
         trainer=built.trainer,
@@ -118,7 +114,7 @@ def fit_from(domain: Domain, args: list[str]) -> FitResult:
         name=_run_name(domain, args),
         resume=resume,
         init_from=config.init_from,
-        config=config_text,
+        config=parser.dump(config, without=_NOT_KEPT),
         artist=_load(domain.artist),
         package=domain.distribution,
     )
@@ -185,11 +181,9 @@ def _judge(domain: Domain, args: list[str], split: str) -> None:
         judged = embed_split(method, built.data, "test", device=_device(), batch_size=size)
     found = accuracies(train, validation, judged, built.evaluation)
     print(f"{split} accuracy: kNN {100 * found['knn']:.2f}%, linear probe {100 * found['linear']:.2f}%")
-    folder = Path(config.ckpt)
-    folder = folder if folder.is_dir() else folder.parent
-    target = RunFolder(folder)
-    metrics = target.write_metrics(**{verb: found})
-    print(f"written: {target.metrics} ({len(to_json(metrics))} bytes)")
+    target = _run_of(Path(config.ckpt)) or RunFolder(config.ckpt)
+    target.write_metrics(**{verb: found})
+    print(f"written: {target.metrics}")
 
 
 def _trained_parser(domain: Domain, verb: str) -> Parser:
@@ -250,6 +244,14 @@ def _run_of(path: Path) -> RunFolder | None:
 def _export_of(source: str) -> Path:
     path = Path(source)
     return path if artifacts.is_export(path) else RunFolder(path).export
+
+
+def _as_config(described: Any) -> Any:
+    """A module as an export describes it, in the words of a configuration."""
+    if isinstance(described, dict) and set(described) == {"class", "arguments"}:
+        arguments = {name: _as_config(value) for name, value in described["arguments"].items()}
+        return {"class_path": described["class"], "init_args": arguments}
+    return described
 
 
 def _run_name(domain: Domain, args: list[str]) -> str | None:

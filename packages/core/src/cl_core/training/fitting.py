@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import lightning.pytorch as pl
 import torch
 import yaml  # type: ignore[import-untyped]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -183,13 +184,16 @@ def fit(
         OSError: in one sentence, if the run folder cannot be written.
     """
     trainer_options, evaluation = trainer or TrainerOptions(), evaluation or Evaluation()
-    artifacts.describe(method)  # what cannot be exported is refused now, not after the training
+    # What cannot be used is refused now: before there is a folder, and not after the training.
+    artifacts.describe(method)
+    weights = None if init_from is None else weights_of(init_from, package=package)
+    data.set_seed(seed)
+    labelled, device = has_labels(data), _device(trainer_options)
     if resume is not None:
         run = RunFolder.existing(resume)
     else:
         name = name or f"{type(method).__name__}-{type(data).__name__}".lower()
         run = RunFolder.create(name, run_dir=run_dir)
-    data.set_seed(seed)
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     pl.seed_everything(seed + rank, verbose=False)  # processes draw different dropout masks
 
@@ -203,12 +207,11 @@ def fit(
     if first and (resume is None or config is not None):
         run.write_config(config if config is not None else _described(method, data, settings, seed))
         run.write_versions(package)
-    labelled, device = has_labels(data), _device(trainer_options)
     if first and labelled and evaluation.baselines and "untrained" not in run.read_metrics():
         untrained = evaluate(method, data, evaluation, device=device)
         run.write_metrics(untrained=untrained, raw=evaluate_raw(data, evaluation))
-    if init_from is not None:
-        kept = artifacts.initialise(method, weights_of(init_from, package=package), source=init_from)
+    if weights is not None:
+        kept = artifacts.initialise(method, weights, source=str(init_from))
         run.write_metrics(initialised_from=str(init_from), kept_initial=kept)
 
     method.train()
@@ -224,6 +227,8 @@ def fit(
             labelled,
             package,
         )
+    except MisconfigurationException as error:
+        raise ValueError(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
         state = (
             "the last checkpoint is kept" if run.last_checkpoint.is_file() else "no checkpoint was due yet"

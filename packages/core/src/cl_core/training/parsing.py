@@ -50,7 +50,7 @@ class Parser:
     def __init__(self, domain: Domain, verb: str) -> None:
         self.domain = domain
         self.broken = load_known(domain)
-        self.parser = ArgumentParser(prog=f"{domain.command} {verb}", exit_on_error=False)
+        self.parser = ArgumentParser(prog=f"{domain.command} {verb}", exit_on_error=False, allow_abbrev=False)
 
     def add_config(self) -> None:
         """Add ``--config NAME|PATH`` and ``--print_config``."""
@@ -77,6 +77,13 @@ class Parser:
         Raises:
             ValueError: in one sentence.
         """
+        return self._parse(self._resolved(args))
+
+    def parse_over(self, config: dict[str, Any], args: Sequence[str]) -> Namespace:
+        """Parse arguments on top of a configuration that was read already."""
+        return self._parse([f"--config={yaml.safe_dump(config)}", *self._resolved(args)])
+
+    def _resolved(self, args: Sequence[str]) -> list[str]:
         resolved: list[str] = []
         for place, arg in enumerate(args):
             if place and args[place - 1] == "--config":
@@ -85,11 +92,7 @@ class Parser:
                 resolved.append(f"--config={self.domain.find_config(arg.partition('=')[2])}")
             else:
                 resolved.append(arg)
-        return self._parse(resolved)
-
-    def parse_over(self, config: dict[str, Any], args: Sequence[str]) -> Namespace:
-        """Parse arguments on top of a configuration that was read already."""
-        return self._parse([f"--config={yaml.safe_dump(config)}", *args])
+        return resolved
 
     def _parse(self, args: list[str]) -> Namespace:
         try:
@@ -100,9 +103,16 @@ class Parser:
             raise ValueError(" ".join(str(error).split())) from None
 
     def instantiate(self, config: Namespace) -> Namespace:
-        """Build the classes of a parsed configuration."""
+        """Build the classes of a parsed configuration.
+
+        Raises:
+            ValueError: in one sentence, with what a constructor said.
+        """
         build = getattr(self.parser, "instantiate", None) or self.parser.instantiate_classes
-        return build(config)  # type: ignore[no-any-return]
+        try:
+            return build(config)  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise ValueError(self.explain(str(error))) from error
 
     def dump(self, config: Namespace, *, without: Iterable[str]) -> str:
         """A parsed configuration as YAML."""
@@ -123,14 +133,21 @@ class Parser:
             parameters = list(inspect.signature(owner).parameters) if owner else []
             where = _option(message[: found.start()])
             return plugins.unknown(f"parameter of {owner.__name__ if owner else where}", found[1], parameters)
-        if found := re.search(r'(?:Key|Parser key|Option) "?\'?([\w.]+)"?\'? (?:is )?required', message):
-            owner = self._class(message[: found.start()])
-            return f"{owner.__name__ if owner else 'the command'} needs a value for {found[1]!r}."
+        if found := re.search(r"arguments are required: (.+)", message):
+            owner, key = self._class(message[: found.start()]), _option(message[: found.start()])
+            stem = "--" if key == "--" else f"{key}."
+            missing = " and ".join(stem + name.strip() for name in found[1].split(","))
+            return f"{owner.__name__ if owner else self.parser.prog} needs {missing}."
         if found := re.search(r"Expected a dot import path string: (.+)", message):
             return self._unknown_class(found[1].strip(), message[: found.start()])
         if found := re.search(r"Expected an? (?P<type>.+?)\. Got value: (?P<value>.+)", message):
             expected = found["type"].replace("<class '", "").replace("'>", "").replace("typing.", "")
-            return f"{_option(message[: found.start()])} must be a {expected}, got {found['value']!r}."
+            return f"{_option(message[: found.start()])} must be of type {expected}, got {found['value']!r}."
+        reasons = [
+            reason for reason in re.findall(r"^ *- (.+)$", message, flags=re.M) if "NoneType" not in reason
+        ]
+        if reasons:  # what a constructor said
+            return str(reasons[-1])
         return " ".join(re.sub(r"Given value type:.*", "", message, flags=re.S).split())
 
     def _unknown_class(self, name: str, before: str) -> str:
