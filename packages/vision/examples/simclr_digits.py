@@ -1,6 +1,6 @@
 """SimCLR with the decoupled loss on handwritten digits, in a bare torch loop.
 
-    python simclr_digits.py                     # about a minute on two cores
+    python simclr_digits.py                     # one to two minutes on two cores
     python simclr_digits.py --loss NTXentLoss --temperature 0.2
 
 Prints how well nearest neighbours and a linear probe find the digit, from raw pixels, from the features of the
@@ -74,7 +74,7 @@ def test(name: str, features: Method) -> None:
     training, validation, testing = (
         embed_split(features, data, split) for split in ("train", "validation", "test")
     )
-    neighbours = knn_accuracy(*training, *testing)
+    neighbours = knn_accuracy(*training, *testing, k=5)
     linear = linear_probe(*training, *validation).accuracy(*testing)
     print(f"{name:18}  kNN {100 * neighbours:5.1f} %   linear probe {100 * linear:5.1f} %")
 
