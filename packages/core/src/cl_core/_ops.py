@@ -8,7 +8,7 @@ its 0.14 ms a call and, on the first one, the import of the compiler.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from torch import Tensor
 from cl_core import _tiles
 from cl_core._tiles import Over, Pairing
 
+LogWeight: TypeAlias = Callable[..., Tensor]
+"""``log_weight(rows, columns, *inputs)``: logarithms (R, C) of the weights of rows x columns, two index vectors."""
+
 
 class TiledForm:
     """A tiled computation and its gradient.
 
     Args:
-        forward: body; its first ``differentiable`` arguments are differentiable tensors, then come ``keys`` integer tensors or
-            None, then plain options. Returns a tensor or a tuple of tensors.
+        forward: body; takes ``differentiable`` tensors, then ``keys`` integer tensors or None, then plain options,
+            and returns a tensor or a tuple of tensors.
         backward: body called with the gradients of the results, the differentiable inputs, the results, the keys, the
             options, and which inputs need a gradient; returns one gradient an input, empty where none is needed.
         differentiable: number of differentiable inputs.
@@ -292,3 +295,82 @@ paired_log_sum_exp = TiledForm(
     _paired_log_sum_exp, _paired_log_sum_exp_backward, differentiable=2, keys=0, results=(0, 1)
 )
 softplus_sum = TiledForm(_softplus_sum, _softplus_sum_backward, differentiable=3, keys=4)
+
+
+def index_vectors(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(len(rows), device=rows.device), torch.arange(len(columns), device=columns.device)
+
+
+class WeightedRows(torch.autograd.Function):
+    """Row-wise log-sum-exp with a weight function, called tile by tile in both directions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        log_weight: LogWeight,
+        pairing: Pairing,
+        tile: tuple[int, int],
+        inputs: int,
+        *weights: Tensor,
+    ) -> Tensor:
+        row_index, column_index = index_vectors(rows, columns)
+        given = weights[:inputs]
+
+        def on_tile(r0: int, r1: int, c0: int, c1: int) -> Tensor:
+            return log_weight(row_index[r0:r1], column_index[c0:c1], *given)
+
+        result = _tiles.rows_forward(rows, columns, pairing, tile, on_tile)
+        ctx.log_weight, ctx.pairing, ctx.tile, ctx.inputs = log_weight, pairing, tile, inputs
+        ctx.save_for_backward(rows, columns, result, *weights)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            no_second_derivative()
+        rows, columns, result, *weights = ctx.saved_tensors
+        row_index, column_index = index_vectors(rows, columns)
+        # The inputs of the function, cut from their history: its tile graphs end here and are freed tile by tile.
+        given = [w.detach().requires_grad_(w.requires_grad) for w in weights[: ctx.inputs]]
+        sources = [*given, *weights[ctx.inputs :]]
+        wanted = [w for w in sources if w.requires_grad]
+        totals = [torch.zeros_like(w) for w in wanted]
+        current: list[Tensor] = []
+
+        def on_tile(r0: int, r1: int, c0: int, c1: int) -> Tensor:
+            with torch.enable_grad():
+                current[:] = [ctx.log_weight(row_index[r0:r1], column_index[c0:c1], *given)]
+            return current[0].detach()
+
+        def on_gradient(r0: int, r1: int, c0: int, c1: int, tile_gradient: Tensor) -> None:
+            expanded = tile_gradient.sum_to_size(current[0].shape)
+            parts = torch.autograd.grad(current[0], wanted, expanded, allow_unused=True)
+            for total, part in zip(totals, parts, strict=True):
+                if part is not None:
+                    total.add_(part)
+
+        need_x, need_y = ctx.needs_input_grad[:2]
+        dx, dy = _tiles.rows_backward(
+            gradient,
+            rows,
+            columns,
+            result,
+            ctx.pairing,
+            ctx.tile,
+            need_x=need_x,
+            need_y=need_y,
+            log_weight=on_tile,
+            weight_gradient=on_gradient if wanted else None,
+        )
+        of_weights = iter(totals)
+        return (
+            dx,
+            dy,
+            None,
+            None,
+            None,
+            None,
+            *(next(of_weights) if w.requires_grad else None for w in sources),
+        )

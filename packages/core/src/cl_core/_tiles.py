@@ -177,7 +177,7 @@ class _Walk:
         return panels(0, len(self.x), self.tile[0])
 
     def columns(self, r0: int, r1: int, *, symmetric: bool = False) -> Iterator[tuple[int, int]]:
-        """Column strips of a row panel that can count; if symmetric, the square on the diagonal and what is right of it."""
+        """Column strips of a row panel that can count; if symmetric, the diagonal square and what is right of it."""
         if symmetric and self.pairing.counts(r0, r1, r0, r1):
             yield r0, r1
         for c0, c1 in panels(r1 if symmetric else 0, self.yt.shape[1], self.tile[1]):

@@ -70,7 +70,10 @@ def view_terms(
     # Side by side, so that what an anchor must not meet is one block on the diagonal.
     side_by_side = torch.stack([similarity.at_least_float32(view) for view in views], 1)
     rows = similarity.scaled_rows(
-        side_by_side.view(-1, views[0].shape[1]), scale=root_scale(temperature), normalize=normalize
+        side_by_side.view(-1, views[0].shape[1]),
+        scale=root_scale(temperature),
+        normalize=normalize,
+        source=views[0].dtype,
     )
     return ViewTerms(rows, len(views), split, similarity.logit_bound(temperature, normalize), impl)
 

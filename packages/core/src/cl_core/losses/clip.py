@@ -30,7 +30,8 @@ def clip_loss(
 
     With unit rows x_i, y_i and scale s,
 
-        l_i = -log( exp(s x_i . y_i) / sum_j exp(s x_i . y_j) ),    m_i = -log( exp(s x_i . y_i) / sum_j exp(s x_j . y_i) )
+        l_i = -log( exp(s x_i . y_i) / sum_j exp(s x_i . y_j) )
+        m_i = -log( exp(s x_i . y_i) / sum_j exp(s x_j . y_i) )
 
     averaged over both sides: InfoNCE of two towers at temperature 1 / s.
 
@@ -171,7 +172,7 @@ class CLIPLoss(TwoViewLoss):
 
 
 class SigLIPLoss(TwoViewLoss):
-    """Module form of :func:`siglip_loss` with its learnable scale and bias, parameters ``log_scale`` and ``logit_bias``.
+    """Module form of :func:`siglip_loss` with the learnable parameters ``log_scale`` and ``logit_bias``.
 
     Args:
         logit_scale: the scale to start from.

@@ -82,10 +82,11 @@ def dclw_loss(
 
     With s_i = u_i . u_p(i) of sample i and the mean over the N samples of the (global) batch,
 
-        l_i = -w_i s_i / T + log sum_{j in N(i)} exp(u_i . u_j / T),    w_i = 2 - exp(s_i / sigma) / mean_j exp(s_j / sigma)
+        l_i = -w_i s_i / T + log sum_{j in N(i)} exp(u_i . u_j / T)
+        w_i = 2 - exp(s_i / sigma) / mean_j exp(s_j / sigma)
 
-    The weights (negative von Mises-Fisher) have mean 1; a positive that is much easier than the others gets a negative
-    weight, down to 2 - N. As sigma grows the loss becomes :func:`dcl_loss`.
+    The weights (negative von Mises-Fisher) have mean 1; a positive much easier than the others gets a negative one,
+    down to 2 - N. As sigma grows the loss becomes :func:`dcl_loss`.
 
     Args:
         z1: embeddings of view 1, shape (N, D).

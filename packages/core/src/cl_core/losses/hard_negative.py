@@ -68,13 +68,10 @@ def hard_negative_nce_loss(
     weighted = terms.log_negatives(1 + beta)
     if beta > 0 and count:
         weighted = weighted - terms.log_negatives(beta) + log_count
-    floor = log_count - 1 / temperature
-    log_negatives = _log_difference(weighted, positives + log_count + _log(tau_plus), floor) - math.log1p(
-        -tau_plus
-    )
-    values = F.softplus(
-        torch.maximum(log_negatives, torch.as_tensor(floor).to(log_negatives)) - positives, threshold=60
-    )
+    false_negatives = positives + log_count + (math.log(tau_plus) if tau_plus else -math.inf)
+    log_negatives = _log_difference(weighted, false_negatives) - math.log1p(-tau_plus)
+    floor = torch.as_tensor(log_count - 1 / temperature).to(log_negatives)
+    values = F.softplus(torch.maximum(log_negatives, floor) - positives, threshold=60)
     return reduce_views(values, reduction, terms.shard)
 
 
@@ -127,16 +124,12 @@ def debiased_nce_loss(
     )
 
 
-def _log(value: float) -> float:
-    return math.log(value) if value else -math.inf
-
-
-def _log_difference(a: Tensor, b: Tensor, otherwise: float | Tensor) -> Tensor:
-    """log(e^a - e^b) where a > b, another value elsewhere; no nan in value or gradient."""
+def _log_difference(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a - e^b) where a > b, -inf elsewhere; no nan in value or gradient."""
     gap = b - a
     positive = gap < 0
     safe = torch.where(positive, gap, -1.0)
-    return torch.where(positive, a + torch.log(-torch.expm1(safe)), torch.as_tensor(otherwise).to(a))
+    return torch.where(positive, a + torch.log(-torch.expm1(safe)), -torch.inf)
 
 
 class HardNegativeNCELoss(TwoViewLoss):

@@ -1,0 +1,168 @@
+"""The dense forms of :mod:`cl_core.similarity` and the normalisation of rows, as nodes of autograd.
+
+Each node writes its gradient out, and has a plain form in differentiable operations for second derivatives and for the
+compiler, which fuses it better than we could.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_core import _tiles
+from cl_core._tiles import Pairing
+
+
+def plain_unit_rows(z: Tensor, factor: float, eps: float) -> Tensor:
+    """The formula in differentiable operations; a row's largest entry is divided out, so that no square overflows."""
+    peak = z.detach().abs().amax(1, keepdim=True).clamp_min(eps)
+    z = z / peak
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return z * (factor / torch.maximum(norm, eps / peak))
+
+
+class UnitRows(torch.autograd.Function):
+    """The formula with its gradient written out: two passes and no temporaries of size N x D beyond the result."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, factor: float, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        if z.device.type != "cpu" or not math.isfinite(norm.sum().item()):
+            peak = torch.linalg.vector_norm(z, ord=torch.inf, dim=1, keepdim=True).clamp_min_(eps)
+            norm = torch.linalg.vector_norm(z / peak, dim=1, keepdim=True).mul_(peak)
+        inverse = norm.clamp_min(eps).reciprocal_()
+        rows = z * (inverse * factor)
+        ctx.factor, ctx.eps = factor, eps
+        ctx.save_for_backward(z, rows, inverse, norm > eps)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        z, rows, inverse, spread = ctx.saved_tensors
+        if torch.is_grad_enabled():  # asked to be differentiable itself
+            function = lambda z: (plain_unit_rows(z, ctx.factor, ctx.eps),)  # noqa: E731
+            return _differentiable_gradient(function, (z,), (gradient,))[0], None, None
+        # du/dz = (I - u u^T) / |z|; a row shorter than eps is only multiplied, so it keeps its radial part.
+        radial = (gradient * rows).sum(1, keepdim=True).mul_(spread).mul_(ctx.factor**-2)
+        return torch.addcmul(gradient, rows, radial, value=-1).mul_(inverse.mul(ctx.factor)), None, None
+
+
+def log_sum_exp(
+    rows: Tensor, columns: Tensor, pairing: Pairing, bound: float | None, *, both: bool
+) -> tuple[Tensor, Tensor]:
+    """Along rows, and along columns if ``both`` (otherwise the second result is the first)."""
+    if not torch.compiler.is_compiling() and _tiles.safe(rows.detach(), columns.detach(), bound):
+        if columns is rows:
+            along_rows = _KeptSelf.apply(rows, pairing)  # type: ignore[no-untyped-call]
+            return along_rows, along_rows
+        return _KeptCross.apply(rows, columns, pairing, both)  # type: ignore[no-any-return, no-untyped-call]
+    along_rows = plain_log_sum_exp(rows, columns, pairing)
+    return along_rows, plain_log_sum_exp(columns, rows, pairing.transposed()) if both else along_rows
+
+
+def plain_log_sum_exp(rows: Tensor, columns: Tensor, pairing: Pairing, bias: Tensor | None = None) -> Tensor:
+    """The definition in differentiable operations."""
+    logits = logits_of(rows, columns)
+    if bias is not None:
+        logits = logits + bias
+    if not logits.numel():
+        return logits.sum(1) - torch.inf
+    excluded = pairing.excluded(0, len(rows), 0, len(columns))
+    logits = logits.masked_fill(excluded, -torch.inf)
+    empty = excluded.all(1)
+    top = logits.detach().amax(1).masked_fill(empty, 0)
+    total = (logits - top[:, None]).exp().sum(1)
+    return (total.masked_fill(empty, 1).log() + top).masked_fill(empty, -torch.inf)
+
+
+def logits_of(rows: Tensor, columns: Tensor) -> Tensor:
+    """Rows @ columns.T in the precision of the rows, whatever autocast says, also in the backward."""
+    if torch.compiler.is_compiling():
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows @ columns.t()
+    return _Product.apply(rows, columns.t())  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    """Matrix product that autocast leaves alone in all derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, y = ctx.saved_tensors
+        return _Product.apply(gradient, y.t()), _Product.apply(x.t(), gradient)  # type: ignore[no-untyped-call]
+
+
+class _KeptSelf(torch.autograd.Function):
+    """Small symmetric case: keeps the exponentials, so that forward and backward cost one product each."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, pairing: Pairing) -> Tensor:
+        kept = _tiles.kept_forward(rows, rows, pairing)
+        total = kept.sum(1)
+        ctx.pairing = pairing
+        ctx.save_for_backward(rows, kept, total)
+        return total.log()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        rows, kept, total = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            function = lambda rows: (plain_log_sum_exp(rows, rows, ctx.pairing),)  # noqa: E731
+            return _differentiable_gradient(function, (rows,), (gradient,))[0], None
+        u = _quotient(gradient, total)
+        return _tiles.kept_backward(u, u, rows, rows, kept, (True, False))[0], None
+
+
+class _KeptCross(torch.autograd.Function):
+    """Small two-tower case: keeps the exponentials, one product forward and two backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, columns: Tensor, pairing: Pairing, both: bool
+    ) -> tuple[Tensor, Tensor]:
+        kept = _tiles.kept_forward(rows, columns, pairing)
+        row_total = kept.sum(1)
+        column_total = kept.sum(0) if both else row_total.new_empty(0)
+        ctx.pairing, ctx.both = pairing, both
+        ctx.save_for_backward(rows, columns, kept, row_total, column_total)
+        return row_total.log(), column_total.log()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, columns, kept, row_total, column_total = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def function(rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+                along_rows = plain_log_sum_exp(rows, columns, ctx.pairing)
+                if not ctx.both:
+                    return (along_rows,)
+                return along_rows, plain_log_sum_exp(columns, rows, ctx.pairing.transposed())
+
+            return *_differentiable_gradient(function, (rows, columns), gradients[: 1 + ctx.both]), None, None  # type: ignore[return-value]
+        u = _quotient(gradients[0], row_total)
+        v = _quotient(gradients[1], column_total) if ctx.both else None
+        return *_tiles.kept_backward(u, v, rows, columns, kept, ctx.needs_input_grad[:2]), None, None
+
+
+def _quotient(gradient: Tensor, total: Tensor) -> Tensor:
+    """Gradient over sum; zero where there was nothing to sum."""
+    return torch.where(total == 0, 0, gradient / total)
+
+
+def _differentiable_gradient(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], gradients: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradient of a plain form that can itself be differentiated, with respect to the inputs that want one."""
+    wanted = [x for x in inputs if x.requires_grad]
+    results = iter(torch.autograd.grad(function(*inputs), wanted, gradients, create_graph=True))
+    return tuple(next(results) if x.requires_grad else None for x in inputs)
