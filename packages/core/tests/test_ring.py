@@ -27,7 +27,9 @@ CASES = [
 def around_the_ring(group, loss, parts, options):
     ring_from, _ring.RING_FROM = _ring.RING_FROM, 2
     try:
-        return encoded_loss(group, loss, tuple(part[torch.distributed.get_rank(group)] for part in parts), options)
+        return encoded_loss(
+            group, loss, tuple(part[torch.distributed.get_rank(group)] for part in parts), options
+        )
     finally:
         _ring.RING_FROM = ring_from
 
@@ -39,7 +41,9 @@ def test_equals_one_process(name, options, world_size, ranks):
     given = tuple(t.detach() for t in inputs(loss, rows=sum(SPLITS[world_size]), width=5))
     value, gradients = encoded_loss(None, loss, given, options)
     parts = [t.split(SPLITS[world_size]) for t in given]
-    values, of_ranks = zip(*ranks.run(around_the_ring, loss, parts, options, world_size=world_size), strict=True)
+    values, of_ranks = zip(
+        *ranks.run(around_the_ring, loss, parts, options, world_size=world_size), strict=True
+    )
     torch.testing.assert_close(torch.stack(values).mean(), value, rtol=1e-6, atol=1e-9)
     for one, *others in zip(gradients, *of_ranks, strict=True):
         torch.testing.assert_close(torch.stack(others).mean(0), one, rtol=1e-6, atol=1e-9)

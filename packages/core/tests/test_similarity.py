@@ -100,7 +100,11 @@ def test_softplus_sum(over, impl):
     result = similarity.softplus_sum(
         x, y, offset, row_keys=row_keys, column_keys=column_keys, over=over, impl=impl, tile=TILE
     )
-    counts = row_keys[:, None] == column_keys[None] if over == "same" else torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+    counts = (
+        row_keys[:, None] == column_keys[None]
+        if over == "same"
+        else torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+    )
     margin = x @ y.t() + offset[:, None]
     expected = (torch.logaddexp(margin, torch.zeros_like(margin)) * counts).sum(1)
     same_value_and_gradients(result, expected, [x, y, offset], tolerance=1e-10)
@@ -303,7 +307,10 @@ def test_a_compiled_loss_still_refuses_nan():
     [
         (lambda z: similarity.self_log_sum_exp(z, impl="fast"), "impl must be one of"),
         (lambda z: similarity.self_log_sum_exp(z, over="all"), "over must be one of"),
-        (lambda z: similarity.cross_log_sum_exp(z, z, row_keys=INDEX), "row_keys and column_keys must be given together"),
+        (
+            lambda z: similarity.cross_log_sum_exp(z, z, row_keys=INDEX),
+            "row_keys and column_keys must be given together",
+        ),
         (lambda z: similarity.softplus_sum(z, z, z[:, 0], column_keys=INDEX), "must be given together"),
         (lambda z: similarity.paired_log_sum_exp(z, z, over="same"), "over must be one of"),
     ],

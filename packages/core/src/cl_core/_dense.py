@@ -35,13 +35,13 @@ class UnitRows(torch.autograd.Function):
             peak = torch.linalg.vector_norm(z, ord=torch.inf, dim=1, keepdim=True).clamp_min_(eps)
             norm = torch.linalg.vector_norm(z / peak, dim=1, keepdim=True).mul_(peak)
         inverse = norm.clamp_min(eps).reciprocal_()
-        rows = z * (inverse * factor)
+        rows: Tensor = z * (inverse * factor)
         ctx.factor, ctx.eps = factor, eps
         ctx.save_for_backward(z, rows, inverse, norm > eps)
         return rows
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         z, rows, inverse, spread = ctx.saved_tensors
         if torch.is_grad_enabled():  # asked to be differentiable itself
             function = lambda z: (plain_unit_rows(z, ctx.factor, ctx.eps),)  # noqa: E731
@@ -57,9 +57,9 @@ def log_sum_exp(
     """Along rows, and along columns if ``both`` (otherwise the second result is the first)."""
     if not torch.compiler.is_compiling() and _tiles.safe(rows.detach(), columns.detach(), bound):
         if columns is rows:
-            along_rows = _KeptSelf.apply(rows, pairing)  # type: ignore[no-untyped-call]
+            along_rows = _KeptSelf.apply(rows, pairing)
             return along_rows, along_rows
-        return _KeptCross.apply(rows, columns, pairing, both)  # type: ignore[no-any-return, no-untyped-call]
+        return _KeptCross.apply(rows, columns, pairing, both)  # type: ignore[no-any-return]
     along_rows = plain_log_sum_exp(rows, columns, pairing)
     return along_rows, plain_log_sum_exp(columns, rows, pairing.transposed()) if both else along_rows
 
@@ -84,7 +84,7 @@ def logits_of(rows: Tensor, columns: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         with torch.autocast(rows.device.type, enabled=False):
             return rows @ columns.t()
-    return _Product.apply(rows, columns.t())  # type: ignore[no-any-return, no-untyped-call]
+    return _Product.apply(rows, columns.t())  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
@@ -97,9 +97,9 @@ class _Product(torch.autograd.Function):
             return x @ y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, y = ctx.saved_tensors
-        return _Product.apply(gradient, y.t()), _Product.apply(x.t(), gradient)  # type: ignore[no-untyped-call]
+        return _Product.apply(gradient, y.t()), _Product.apply(x.t(), gradient)
 
 
 class _KeptSelf(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _KeptSelf(torch.autograd.Function):
         return total.log()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         rows, kept, total = ctx.saved_tensors
         if torch.is_grad_enabled():
             function = lambda rows: (plain_log_sum_exp(rows, rows, ctx.pairing),)  # noqa: E731

@@ -239,11 +239,18 @@ def _paired_log_sum_exp_backward(
             row_gradient, column_gradient, rows, columns, *log_sums, pairing, _pair(tile)
         )
         return [_wanted(g, n) for g, n in zip(found, need, strict=True)]
-    wants = {"need_x": need[0], "need_y": need[1]}
-    swapped = {"need_x": need[1], "need_y": need[0]}
-    dx, dy = _tiles.rows_backward(row_gradient, rows, columns, row_log_sum, pairing, _pair(tile), **wants)
+    dx, dy = _tiles.rows_backward(
+        row_gradient, rows, columns, row_log_sum, pairing, _pair(tile), need_x=need[0], need_y=need[1]
+    )
     more_y, more_x = _tiles.rows_backward(
-        column_gradient, columns, rows, column_log_sum, pairing.transposed(), _pair(tile), **swapped
+        column_gradient,
+        columns,
+        rows,
+        column_log_sum,
+        pairing.transposed(),
+        _pair(tile),
+        need_x=need[1],
+        need_y=need[0],
     )
     both = ((dx, more_x), (dy, more_y))
     return [
@@ -327,7 +334,7 @@ class WeightedRows(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             no_second_derivative()
         rows, columns, result, *weights = ctx.saved_tensors

@@ -55,7 +55,7 @@ def log_sum_exp(
             rows, split.gather(columns, each=each), over=over, impl=impl, **options
         )
     keys = _numbers(columns, row_keys, column_keys, row_ids, column_ids)
-    return _RingLogSumExp.apply(rows, columns, *keys, over, _Ring(split, each))  # type: ignore[no-any-return, no-untyped-call]
+    return _RingLogSumExp.apply(rows, columns, *keys, over, _Ring(split, each))  # type: ignore[no-any-return]
 
 
 def softplus_sum(
@@ -76,7 +76,7 @@ def softplus_sum(
         options = _gathered(split, 1, row_keys, column_keys, row_ids, column_ids)
         return similarity.softplus_sum(rows, split.gather(columns), offset, over=over, impl=impl, **options)
     keys = _numbers(columns, row_keys, column_keys, row_ids, column_ids)
-    return _RingSoftplusSum.apply(rows, columns, offset, *keys, over, _Ring(split, 1))  # type: ignore[no-any-return, no-untyped-call]
+    return _RingSoftplusSum.apply(rows, columns, offset, *keys, over, _Ring(split, 1))  # type: ignore[no-any-return]
 
 
 def _gathered(
@@ -86,7 +86,7 @@ def _gathered(
     column_keys: Tensor | None,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     everyone = [None if t is None else split.gather(t, each=each) for t in (column_keys, column_ids)]
     return {"row_keys": row_keys, "column_keys": everyone[0], "row_ids": row_ids, "column_ids": everyone[1]}
 
@@ -178,7 +178,7 @@ class _RingLogSumExp(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             _ops.no_second_derivative()
         rows, columns, row_keys, row_ids, numbers, result = ctx.saved_tensors
@@ -188,8 +188,10 @@ class _RingLogSumExp(torch.autograd.Function):
         def on_block(block: Tensor, of_block: Tensor) -> Tensor:
             pairing = _pairing(rows, block, row_keys, row_ids, of_block, ctx.over)
             of_rows, of_columns = _tiles.rows_backward(gradient, rows, block, result, pairing, tile)
+            assert of_rows is not None
+            assert of_columns is not None
             dx.add_(of_rows)
-            return of_columns  # type: ignore[return-value]
+            return of_columns
 
         dy = _send_home(ctx.ring, columns, numbers, on_block)
         return dx, dy, *[None] * 5
@@ -220,7 +222,7 @@ class _RingSoftplusSum(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             _ops.no_second_derivative()
         rows, columns, offset, row_keys, row_ids, numbers = ctx.saved_tensors

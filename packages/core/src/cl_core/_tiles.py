@@ -59,6 +59,8 @@ class Pairing:
         self._shape, self._device = (rows, columns), device
         # Looking at keys on an accelerator would stall it, so there each tile is masked instead.
         self._corners = over != "all" and (keys is None or (ordered and keys[0].device.type == "cpu"))
+        self._row_key: Callable[[int], int]
+        self._column_key: Callable[[int], int]
         if keys is None:
             self._row_key = self._column_key = lambda i: i // group_size
         elif self._corners:

@@ -57,11 +57,11 @@ class Shard:
         if self.group is None:
             return rows
         counts = tuple(each * count for count in self.counts)
-        return _AllGather.apply(rows, self.group, counts, self.rank)  # type: ignore[no-any-return, no-untyped-call]
+        return _AllGather.apply(rows, self.group, counts, self.rank)  # type: ignore[no-any-return]
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks of equally shaped tensors; differentiable."""
-        return value if self.group is None else _AllReduceSum.apply(value, self.group)  # type: ignore[no-any-return, no-untyped-call]
+        return value if self.group is None else _AllReduceSum.apply(value, self.group)
 
 
 def resolve(group: Group) -> dist.ProcessGroup | None:
@@ -130,7 +130,7 @@ class _AllGather(torch.autograd.Function):
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         counts, rank, largest = ctx.counts, ctx.rank, max(ctx.counts)
         gradient = gradient.contiguous()
         if min(counts) != largest:
@@ -154,7 +154,7 @@ class _AllReduceSum(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.clone()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None

@@ -377,7 +377,7 @@ class _Regression:
             theta.grad = gradient / tolerance
             return value / tolerance
 
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
         _, gradient = self.value_and_gradient(theta, strength)
         return theta.detach(), bool(gradient.abs().max() <= tolerance)
 

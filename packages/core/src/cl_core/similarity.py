@@ -39,8 +39,8 @@ def scaled_rows(
         u_i = scale_i z_i / max(|z_i|, eps)
 
     with eps = 1e-12, for float16 input 2^-14. A zero row stays zero. Rows of any finite norm are safe from overflow. To
-    divide logits by a temperature T, give both sides ``scale=T ** -0.5`` (one set of rows), or one side ``1 / T``, which
-    may be a vector, one T a row.
+    divide logits by a temperature T, give both sides ``scale=T ** -0.5`` (one set of rows), or one side ``1 / T``,
+    which may be a vector, one T a row.
 
     Args:
         z: rows, shape (N, D).
@@ -161,7 +161,7 @@ def cross_log_sum_exp(
             bias = log_weight(*_ops.index_vectors(rows, columns), *weight_inputs)
             return _dense.plain_log_sum_exp(rows, columns, pairing, bias)
         parameters = list(log_weight.parameters()) if isinstance(log_weight, torch.nn.Module) else []
-        return _ops.WeightedRows.apply(  # type: ignore[no-any-return, no-untyped-call]
+        return _ops.WeightedRows.apply(  # type: ignore[no-any-return]
             rows, columns, log_weight, pairing, tile, len(weight_inputs), *weight_inputs, *parameters
         )
     if _fits(rows, columns, impl):

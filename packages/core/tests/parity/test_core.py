@@ -1,4 +1,4 @@
-"""Losses, miners and memory against the stored results of lightly, pytorch-metric-learning, solo-learn, PyGCL, open_clip."""
+"""The losses, miners and memory of the core against stored results of lightly, PML, solo-learn, PyGCL and open_clip."""
 
 import pytest
 import torch

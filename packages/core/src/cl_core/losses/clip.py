@@ -164,7 +164,7 @@ class CLIPLoss(TwoViewLoss):
     @property
     def logit_scale(self) -> Tensor:
         """The scale as it stands."""
-        return self.log_scale.exp().clamp(max=self.max_scale)
+        return _capped(self.log_scale, self.max_scale)
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """Loss of images and texts, each of shape (N, D)."""
@@ -206,7 +206,7 @@ class SigLIPLoss(TwoViewLoss):
     @property
     def logit_scale(self) -> Tensor:
         """The scale as it stands."""
-        return self.log_scale.exp().clamp(max=self.max_scale)
+        return _capped(self.log_scale, self.max_scale)
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """Loss of images and texts, each of shape (N, D)."""
@@ -219,6 +219,10 @@ def _check_scales(logit_scale: float, max_scale: float) -> None:
     _checks.positive("logit_scale", logit_scale)
     if logit_scale > max_scale:
         raise ValueError(f"logit_scale must not exceed max_scale, got {logit_scale} and {max_scale}.")
+
+
+def _capped(log_scale: Tensor, largest: Any) -> Tensor:
+    return log_scale.exp().clamp(max=largest)
 
 
 def _without_max(options: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,9 @@ def hard_negative_nce_loss(
         weighted = weighted - terms.log_negatives(beta) + log_count
     false_negatives = positives + log_count + (math.log(tau_plus) if tau_plus else -math.inf)
     log_negatives = _log_difference(weighted, false_negatives) - math.log1p(-tau_plus)
-    floor = torch.as_tensor(log_count - 1 / temperature).to(log_negatives)
+    floor = torch.as_tensor(
+        log_count - 1 / temperature, dtype=log_negatives.dtype, device=log_negatives.device
+    )
     values = F.softplus(torch.maximum(log_negatives, floor) - positives, threshold=60)
     return reduce_views(values, reduction, terms.shard)
 

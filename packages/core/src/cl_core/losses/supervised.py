@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +159,7 @@ class _Comparison:
     def _over_ranks(self, of_columns: Tensor) -> Tensor:
         return self.split.sum(of_columns) if self._spread else of_columns
 
-    def _keys(self) -> dict[str, Tensor | None]:
+    def _keys(self) -> dict[str, Any]:
         return {
             "row_keys": self.row_labels,
             "column_keys": self.column_labels,

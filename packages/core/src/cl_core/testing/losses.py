@@ -105,7 +105,7 @@ def inputs(
 def _has_rows_of_samples(loss: LossClass, position: int) -> bool:
     """Whether an argument has one row a sample; otherwise it is the same for all samples and on all ranks."""
     return not (
-        issubclass(loss, QueueLoss) and position == 2 or issubclass(loss, PrototypeLoss) and position == 1
+        (issubclass(loss, QueueLoss) and position == 2) or (issubclass(loss, PrototypeLoss) and position == 1)
     )
 
 
@@ -124,7 +124,7 @@ def _needs(check: Callable[[LossClass], None]) -> tuple[str, ...]:
     return check.needs  # type: ignore[attr-defined, no-any-return]
 
 
-def _value_and_gradients(loss: ContrastiveLoss, given: Inputs) -> tuple[Tensor, list[Tensor]]:
+def _value_and_gradients(loss: Callable[..., Tensor], given: Inputs) -> tuple[Tensor, list[Tensor]]:
     """Scalar loss and its gradients for fresh leaves of the same values."""
     leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in given]
     value = loss(*leaves)
@@ -258,7 +258,9 @@ def _second_derivative_is_right_or_refused(loss: LossClass) -> None:
 @_check()
 def _half_inputs_accumulate_in_float32(loss: LossClass) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        given = _with_embeddings(inputs(loss, dtype=torch.float32), lambda z, dtype=dtype: z.to(dtype))
+        given = tuple(
+            t.detach().to(dtype) if t.is_floating_point() else t for t in inputs(loss, dtype=torch.float32)
+        )
         wide = _value_and_gradients(loss(), _with_embeddings(given, lambda z: z.float()))
         for forms in [("dense", "tiled")] if "impl" in options(loss) else [(None,)]:
             for impl in forms:
@@ -341,7 +343,7 @@ def _compiles_to_one_graph(loss: LossClass) -> None:
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         _assert_close(
             _value_and_gradients(compiled, given), _value_and_gradients(module, given), f"impl={impl}"
-        )  # type: ignore[arg-type]
+        )
 
 
 @_check()

@@ -84,7 +84,9 @@ class Ranks:
                 answered = False
             if not answered:
                 self.__exit__()
-                raise RuntimeError(f"rank {rank} of {world_size} died or took over {self.timeout} s in {function}.")
+                raise RuntimeError(
+                    f"rank {rank} of {world_size} died or took over {self.timeout} s in {function}."
+                )
         for rank, (worked, result) in enumerate(answers):  # type: ignore[misc]
             if not worked:
                 raise RuntimeError(f"rank {rank} of {world_size} failed:\n{result}")
