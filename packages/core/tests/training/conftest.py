@@ -139,13 +139,44 @@ def tiny(monkeypatch, tmp_path):
     """The tiny classes, findable as a module; the working directory is a fresh one."""
     module = types.ModuleType("tiny")
     for thing in (TinyEncoder, TinyLoss, TinyMethod, TwoOptimisers, TakingTurns, TinyViews, TinyData):
+        monkeypatch.setattr(thing, "__module__", "tiny")
         setattr(module, thing.__name__, thing)
 
     def method(kind=TinyMethod, *, seed=0, dropout=0.2, **loss):
         torch.manual_seed(seed)
         return kind(TinyEncoder(dropout=dropout), TinyLoss(**loss))
 
-    module.method = method
+    def draw(drawing):
+        drawing.run.figures.mkdir(exist_ok=True)
+        (drawing.run.figures / "picture.png").write_bytes(b"")
+
+    module.method, module.draw = method, draw
     monkeypatch.setitem(sys.modules, "tiny", module)
     monkeypatch.chdir(tmp_path)
     return module
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path_factory):
+    """Install a distribution, as an installer leaves it: a package and its metadata on the path.
+
+    What was imported stays imported, as its classes stay among the subclasses of ours.
+    """
+    site = tmp_path_factory.mktemp("site")
+    monkeypatch.syspath_prepend(str(site))
+
+    def install(name, *, files, **groups):
+        package = site / name.replace("-", "_")
+        for path, content in {"__init__.py": "", **files}.items():
+            (package / path).parent.mkdir(parents=True, exist_ok=True)
+            (package / path).write_text(content)
+        metadata = site / f"{package.name}-1.2.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+        entries = [
+            f"[contrastive.{group}]\n" + "\n".join(f"{key} = {value}" for key, value in registered.items())
+            for group, registered in groups.items()
+        ]
+        (metadata / "entry_points.txt").write_text("\n\n".join(entries))
+
+    return install

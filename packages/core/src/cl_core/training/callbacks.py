@@ -87,11 +87,17 @@ class Diagnostics(pl.Callback):
             }
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Listen to the criterion during the last batch of an epoch."""
+        """Listen to the criterion during the last batch of an epoch, and of the training."""
         due = (trainer.current_epoch + 1) % self.every_epochs == 0
         criterion = getattr(pl_module.method, "criterion", None)
-        due = due and batch_idx + 1 == trainer.num_training_batches and trainer.is_global_zero
-        if due and isinstance(criterion, TwoViewLoss | QueryKeyLoss | LabelledLoss):
+        due = due and batch_idx + 1 == trainer.num_training_batches
+        progress = pl_module.progress
+        due = due or progress.step + 1 >= progress.total_steps  # max_steps may end it inside an epoch
+        if (
+            due
+            and trainer.is_global_zero
+            and isinstance(criterion, TwoViewLoss | QueryKeyLoss | LabelledLoss)
+        ):
             self._handle = criterion.register_forward_pre_hook(self._listen)
 
     def on_train_batch_end(

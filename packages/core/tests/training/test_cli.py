@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cl_core.training import cli
+from cl_core.training.artifacts import load_export
+
+QUICK = """
+model:
+  class_path: TinyMethod
+  init_args:
+    encoder: {class_path: TinyEncoder, init_args: {width: 8}}
+    loss: {class_path: TinyLoss, init_args: {temperature: 0.5}}
+data: {class_path: TinyData}
+optimization: {lr: 0.01}
+trainer: {max_epochs: 2, accelerator: cpu, progress_bar: false}
+evaluation: {neighbours: [5], regularizations: [0.01]}
+"""
+GRID = """
+title: A grid
+seeds: [0, 1]
+cells:
+  - {method: A, setting: wide, config: tiny/quick, published: {knn: 0.5, source: "Someone, Somewhere"}}
+  - {method: B, setting: narrow, config: tiny/quick, overrides: {model.encoder.width: 4}}
+"""
+
+
+@pytest.fixture
+def domain(tiny, install):
+    install(
+        "cl-tiny",
+        files={"configs/tiny/quick.yaml": QUICK, "configs/reproduce/grid.yaml": GRID},
+        methods={"TinyMethod": "tiny:TinyMethod"},
+        losses={"TinyLoss": "tiny:TinyLoss"},
+        domains={"tiny": "cl_tiny"},
+    )
+    return cli.Domain(
+        command="cl-tiny",
+        package="cl_tiny",
+        distribution="cl-tiny",
+        summary="Tiny things.",
+        data={"TinyData": "tiny:TinyData"},
+        modules=("tiny",),
+        artist="tiny:draw",
+        inputs="raw points",
+    )
+
+
+@pytest.fixture
+def command(domain, capsys):
+    """Run the command: exit status, standard output, standard error."""
+
+    def command(*args):
+        status = cli.main(domain, [str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command
+
+
+def test_help_version_and_lists(command):
+    status, out, _ = command("--help")
+    assert status == 0
+    assert all(verb in out for verb in cli.VERBS)
+    assert command()[1] == out
+    assert command("--version")[1].startswith("cl-tiny 1.2 (cl-core ")
+    assert "TinyMethod  cl-tiny 1.2" in command("list", "methods")[1]
+    assert "TinyLoss" in command("list", "losses")[1]
+    assert command("list", "data")[1] == "TinyData\n"
+    assert command("list", "configs")[1] == "tiny/quick\nreproduce grid\n"
+    assert "losses:\n  " in command("list")[1]
+
+
+def test_what_answers_at_once_imports_nothing_heavy():
+    code = (
+        "import sys; from cl_core.training import cli;"
+        "domain = cli.Domain('cl-core', 'cl_core', 'cl-core');"
+        "assert all(cli.main(domain, args.split()) == 0 for args in ('--help', '--version', 'list', 'list losses'));"
+        "print([name for name in ('torch', 'numpy', 'lightning', 'jsonargparse', 'yaml') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_fit_test_validate_and_embed(command):
+    status, out, _ = command("fit", "--config", "tiny/quick", "--seed", 3)
+    run = Path("runs/tiny-quick-001")
+    assert status == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    for name, row in (
+        ("trained encoder", metrics["trained"]),
+        ("untrained encoder", metrics["untrained"]),
+        ("raw points", metrics["raw"]),
+    ):
+        line = next(line for line in out.splitlines() if line.startswith(name))
+        assert line.split()[-2:] == [f"{100 * row['knn']:.2f}%", f"{100 * row['linear']:.2f}%"]
+    assert f"run folder: {run}" in out
+    assert f"figure:     {run}/figures/picture.png" in out
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 3
+
+    for source in (run, run / "export", run / "checkpoints" / "last.ckpt"):
+        status, out, _ = command("test", "--ckpt", source)
+        assert status == 0
+        assert f"kNN {100 * metrics['trained']['knn']:.2f}%" in out
+    status, out, _ = command("validate", "--ckpt", run)
+    assert f"linear probe {100 * metrics['trained']['linear_validation']:.2f}%" in out
+    written = json.loads((run / "metrics.json").read_text())
+    assert written["test"] == metrics["trained"]
+    assert written["validate"]["knn"] == metrics["trained"]["knn_validation"]
+
+    status, out, _ = command("embed", "--ckpt", run, "--output", "z.safetensors", "--split", "validation")
+    assert "44 embeddings of width 5 (validation)" in out
+    tensors = load_file("z.safetensors")
+    inputs, labels = sys.modules["tiny"].TinyData().points("validation")
+    torch.testing.assert_close(tensors["embeddings"], load_export(run / "export").embed(inputs))
+    assert torch.equal(tensors["labels"], labels)
+
+
+def test_the_command_and_python_give_the_same(command, tiny):
+    from cl_core.training import Evaluation, Optimization, TrainerOptions, fit
+
+    command("fit", "--config", "tiny/quick")
+    result = fit(
+        tiny.method(),
+        tiny.TinyData(),
+        optimization=Optimization(lr=0.01),
+        trainer=TrainerOptions(max_epochs=2, accelerator="cpu", progress_bar=False),
+        evaluation=Evaluation(neighbours=(5,), regularizations=(0.01,)),
+    )
+    state = load_file("runs/tiny-quick-001/export/model.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in result.method.state_dict().items())
+
+
+def test_config_files_and_overrides(command):
+    Path("mine.yaml").write_text(QUICK)
+    status, out, _ = command(
+        "fit", "--config", "mine.yaml", "--model.loss.temperature", 0.3, "--print_config"
+    )
+    assert status == 0
+    assert yaml.safe_load(out)["model"]["init_args"]["loss"]["init_args"] == {"temperature": 0.3}
+    assert not Path("runs").exists()
+
+
+def test_a_plugin_loss_on_the_command_line(command, install):
+    source = """
+from cl_core.losses._base import TwoViewLoss
+
+class TheirLoss(TwoViewLoss):
+    def __init__(self, margin: float = 0.5):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, z1, z2):
+        return ((z1 - z2).norm(dim=1) - self.margin).relu().mean()
+"""
+    install(
+        "plugged-losses", files={"loss.py": source}, losses={"TheirLoss": "plugged_losses.loss:TheirLoss"}
+    )
+    install("plugged-broken", files={}, losses={"BrokenLoss": "plugged_broken.nothing:BrokenLoss"})
+    assert "TheirLoss" in command("list", "losses")[1]
+    status, _, err = command(
+        "fit", "--config", "tiny/quick", "--model.loss", "TheirLoss", "--model.loss.margin", 0.1
+    )
+    assert (status, err) == (0, "")
+    loss = load_export("runs/tiny-quick-001/export").criterion
+    assert type(loss).__name__ == "TheirLoss"
+    assert loss.margin == 0.1
+    status, _, err = command("fit", "--config", "tiny/quick", "--model.loss", "BrokenLoss")
+    assert status == 2
+    assert "BrokenLoss, which plugged-broken registers" in err
+    assert "No module named" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ("fitt", "no command of cl-tiny 'fitt'; did you mean 'fit'"),
+        ("--config tiny/quick fit", "options come after the command, as in: cl-tiny fit --config tiny/quick"),
+        ("list datas", "no topic of list 'datas'; did you mean 'data'"),
+        ("fit", "no data: pass --config NAME"),
+        ("fit --data TinyData", "no model: pass --config NAME"),
+        ("fit --model TinyMethod --data TinyData", "TinyMethod needs --model.encoder and --model.loss."),
+        ("fit --config tiny/quik", "no file or config of cl-tiny 'tiny/quik'; did you mean 'tiny/quick'?"),
+        ("Q --model.loss.temprature 3", "no parameter of TinyLoss 'temprature'; did you mean 'temperature'?"),
+        ("Q --model.loss TinyLos", "no TwoViewLoss for --model.loss 'TinyLos'; did you mean 'TinyLoss'"),
+        ("Q --model tinymethod", "no Method for --model 'tinymethod'; did you mean 'TinyMethod'?"),
+        ("Q --data TinyDat", "no Data for --data 'TinyDat'; did you mean 'TinyData'?"),
+        ("Q --data.batch 3", "no parameter of TinyData 'batch'; did you mean 'batch_size'?"),
+        ("Q --data.batch_size 0", "batch_size must be at least 1, got 0."),
+        ("Q --model.loss.temperature x", "--model.loss.temperature must be of type float, got 'x'."),
+        ("Q --trainer.max_epoch 3", "no option '--trainer.max_epoch'; did you mean '--trainer.max_epochs'"),
+        ("Q --optimization.lr -1", "lr must be finite and > 0, got -1.0."),
+        ("Q --init_from nowhere", "nowhere is neither a run, nor an export, nor a checkpoint."),
+        ("fit --resume nowhere", "nowhere is not a run"),
+        ("test", "--ckpt is missing"),
+        ("test --ckpt nowhere", "nowhere is neither a run, nor an export, nor a checkpoint."),
+        ("embed --ckpt nowhere", "nowhere is neither a run"),
+        ("reproduce grud", "no grid or file 'grud'; did you mean 'grid'?"),
+    ],
+)
+def test_errors_are_one_sentence(command, args, sentence):
+    status, out, err = command(*args.replace("Q", "fit --config tiny/quick").split())
+    assert (status, out) == (2, "")
+    assert err.startswith(f"cl-tiny: {sentence}")
+    assert err.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_debug_shows_where_an_error_came_from(command):
+    with pytest.raises(FileNotFoundError):
+        command("fit", "--resume", "nowhere", "--debug")
+
+
+def test_resume_goes_on_and_says_how_after_ctrl_c(command, tiny, monkeypatch):
+    def after_step(self, progress):
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    command("fit", "--config", "tiny/quick", "--run_dir", "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny.TinyMethod, "after_step", after_step)
+        status, _, err = command("fit", "--config", "tiny/quick", "--run_dir", "cut")
+    assert status == 130
+    assert "interrupted; the last checkpoint is kept; go on with fit --resume cut" in err
+    status, out, _ = command("fit", "--resume", "cut")
+    assert status == 0
+    assert "run folder: cut" in out
+    for name in ("export/model.safetensors", "metrics.json", "config.yaml"):
+        assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_init_from_an_export_brings_the_model(command):
+    command("fit", "--config", "tiny/quick", "--model.encoder.width", 4)
+    status, _, err = command(
+        "fit",
+        "--init_from=runs/tiny-quick-001",
+        "--data=TinyData",
+        "--trainer.max_epochs=1",
+        "--trainer.progress_bar=false",
+        "--run_dir=second",
+        "--trainer.accelerator=cpu",
+    )
+    assert (status, err) == (0, "")
+    config = yaml.safe_load(Path("second/config.yaml").read_text())
+    assert config["model"]["init_args"]["encoder"]["init_args"]["width"] == 4
+    metrics = json.loads(Path("second/metrics.json").read_text())
+    assert metrics["kept_initial"] == []
+
+
+def test_reproduce_writes_a_table_and_goes_on_where_it_was_cut(command, tiny, monkeypatch):
+    calls = []
+
+    def after_step(self, progress):
+        calls.append(progress.step)
+        if len(calls) == 25:  # in the third of four runs of ten steps
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny.TinyMethod, "after_step", after_step)
+        assert command("reproduce", "grid", "--output", "out")[0] == 130
+    results = json.loads(Path("out/results.json").read_text())
+    assert [(row["method"], row["seeds"]) for row in results] == [("A", [0]), ("B", [0])]
+
+    def count(self, progress):
+        calls.append(progress.step)
+
+    calls.clear()
+    monkeypatch.setattr(tiny.TinyMethod, "after_step", count)
+    status, out, _ = command("reproduce", "grid", "--output", "out")
+    assert status == 0
+    assert len(calls) == 20 - (5 if calls[0] == 6 else 0)  # the cut run goes on after its first epoch
+    results = json.loads(Path("out/results.json").read_text())
+    assert [row["seeds"] for row in results] == [[0, 1], [0, 1]]
+    knn = torch.tensor(results[0]["trained"]["knn"], dtype=torch.float64)
+    assert f"| A | wide | 2 | {100 * knn.mean():.1f} +- {100 * knn.std():.1f} |" in out
+    assert "| 50.0 |" in out
+    assert "Published, A: Someone, Somewhere." in Path("out/results.md").read_text()
+    config = yaml.safe_load(Path("out/b-narrow-seed1/config.yaml").read_text())
+    assert config["model"]["init_args"]["encoder"]["init_args"]["width"] == 4
+    calls.clear()
+    assert command("reproduce", "grid", "--output", "out")[0] == 0
+    assert calls == []
+
+
+def test_reproduce_refuses_a_folder_of_other_settings(command):
+    Path("grid.yaml").write_text(GRID.replace("seeds: [0, 1]", "seeds: [0]"))
+    assert command("reproduce", "grid.yaml", "--output", "out")[0] == 0
+    Path("grid.yaml").write_text(GRID.replace("width: 4", "width: 5"))
+    status, _, err = command("reproduce", "grid.yaml", "--output", "out")
+    assert status == 2
+    assert "out/b-narrow-seed0 holds a run of other settings" in err

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cl_vision.cli import DOMAIN, main
+
+
+@pytest.mark.parametrize("args", ["--help", "--version", "list", "list losses", "list configs"])
+def test_light_verbs_import_nothing_heavy(args):
+    code = (
+        f"import sys; from cl_vision.cli import main; status = main({args.split()!r});"
+        "print([n for n in ('torch', 'numpy', 'lightning', 'jsonargparse', 'matplotlib') if n in sys.modules]);"
+        "sys.exit(status)"
+    )
+    before = time.process_time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert time.process_time() - before < 1
+
+
+def test_lists(capsys):
+    assert main(["list", "methods"]) == 0
+    assert "SimCLR" in capsys.readouterr().out
+    main(["list", "configs"])
+    assert {"dcl/digits", "simclr/digits", "simclr/cifar10"} <= set(capsys.readouterr().out.split("\n"))
+
+
+def test_data_names_lead_to_classes():
+    from importlib import import_module
+
+    for name, target in DOMAIN.data.items():
+        module, _, attribute = target.partition(":")
+        assert getattr(import_module(module), attribute).__name__ == name
+
+
+@pytest.mark.parametrize("name", sorted(DOMAIN.configs()))
+def test_every_config_parses_and_says_its_command(name, capsys):
+    assert DOMAIN.configs()[name].read_text().startswith(f"# cl-vision fit --config {name}\n")
+    assert main(["fit", "--config", name, "--print_config"]) == 0
+    assert "class_path: cl_vision.methods.SimCLR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(DOMAIN.grids()))
+def test_every_grid_names_shipped_configs_and_options(name, capsys):
+    from cl_core.training.reproduce import Grid
+
+    for cell in Grid.read(DOMAIN.grids()[name]).cells:
+        assert main(["fit", *cell.arguments(0), "--print_config"]) == 0
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["dcl/digits", "simclr/digits"])
+def test_two_steps_on_digits(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.max_steps=2", "--trainer.progress_bar=false", "--trainer.accelerator=cpu"]
+    status = main(["fit", "--config", name, *options, "--data.image_size=8", "--model.encoder.width=4"])
+    captured = capsys.readouterr()
+    assert (status, captured.err) == (0, "")
+    run = Path("runs", name.replace("/", "-") + "-001")
+    figures = {path.name for path in (run / "figures").iterdir()}
+    assert figures == {"curves.png", "embeddings.png", "similarities.png"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    assert 0.5 < metrics["raw"]["knn"] <= 1
+    assert "raw pixels" in captured.out
+    assert main(["test", "--ckpt", str(run)]) == 0
+    assert f"kNN {100 * metrics['trained']['knn']:.2f}%" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_command(tmp_path):
+    options = "--trainer.devices 2 --trainer.strategy ddp --trainer.accelerator cpu --trainer.max_epochs 1"
+    command = [sys.executable, "-c", "from cl_vision.cli import main; import sys; sys.exit(main())"]
+    script = tmp_path / "command.py"
+    script.write_text("import sys\nfrom cl_vision.cli import main\nsys.exit(main())\n")
+    command = [
+        sys.executable,
+        str(script),
+        "fit",
+        "--config",
+        "dcl/digits",
+        *options.split(),
+        "--run_dir",
+        "run",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 1150 // 256
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert len(content["cl_core"]["random_states"]) == 2
