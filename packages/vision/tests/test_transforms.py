@@ -41,6 +41,17 @@ def test_global_random_state_is_untouched(transform, photograph):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_views_are_made_on_one_thread_and_the_number_comes_back(photograph):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        ViewTransform(lambda image: (seen.append(torch.get_num_threads()), image)[1])(photograph, seed=0)
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_global_random_state_survives_an_error(photograph):
     def fail(image):
         torch.rand(1)

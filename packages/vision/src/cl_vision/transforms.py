@@ -37,6 +37,21 @@ def _drawing_from(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # One image is too small to share: waking other threads for it costs more than it saves, many times over where
+    # the cores are busy. Loader processes have one thread anyway; this is for a loader without them.
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class ViewTransform:
     """Base of every random view: an image in, a random view out, all randomness from the seed.
 
@@ -60,7 +75,7 @@ class ViewTransform:
         """
         if not isinstance(image, Tensor) or image.ndim != 3:
             raise TypeError(f"image must be a tensor of shape (C, H, W), got {_describe(image)}.")
-        with _drawing_from(seed):
+        with _one_thread(), _drawing_from(seed):
             return self.pipeline(image)
 
     def __repr__(self) -> str:
