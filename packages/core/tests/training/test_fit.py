@@ -125,6 +125,27 @@ def test_two_optimisers_on_one_loss_equal_one(tiny, accumulate):
         torch.testing.assert_close(value, runs[1].method.state_dict()[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_cache_changes_nothing(tiny, accumulate):
+    class Plain(tiny.TinyMethod):
+        def loss(self, batch):
+            return super().loss(batch)["loss"]
+
+    options = TrainerOptions(max_epochs=2, accumulate_grad_batches=accumulate, gradient_clip_val=0.1, **CPU)
+    states = []
+    for chunk in (None, 3):
+        torch.manual_seed(0)
+        method = Plain(tiny.TinyEncoder(dropout=0.0), tiny.TinyLoss())
+        result = run(tiny, method=method, trainer=options, gradient_cache_chunk=chunk)
+        states.append(result.method.state_dict())
+        assert result.metrics["steps"] == {1: 10, 2: 6}[accumulate]
+        assert "train/alignment" in result.table[-1]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="TakingTurns makes its own updates"):
+        run(tiny, tiny.TakingTurns, gradient_cache_chunk=3)
+
+
 @pytest.mark.parametrize("kind", ["TinyMethod", "TwoOptimisers", "TakingTurns"])
 @pytest.mark.parametrize("steps", [3, 7])
 def test_max_steps_counts_optimiser_steps(tiny, kind, steps):

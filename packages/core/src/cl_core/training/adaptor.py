@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import repeat
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cl_core.gradient_cache import method_gradient_cache
 from cl_core.method import Method, Progress
 from cl_core.training.data import Data
 from cl_core.training.loader import TrainLoader
@@ -39,6 +41,8 @@ class LitMethod(pl.LightningModule):
         accumulate_batches: batches an optimiser step, under manual optimisation.
         gradient_clip: largest norm of the gradient of an optimiser, under manual optimisation; None for any.
         max_steps: optimiser steps after which to stop, under manual optimisation; -1 for no such limit.
+        gradient_cache_chunk: rows encoded at a time, for batches whose activations do not fit; None for all. See
+            :mod:`cl_core.gradient_cache`.
         data: what to train on; None if the loader is given to the Trainer's ``fit``.
     """
 
@@ -50,6 +54,7 @@ class LitMethod(pl.LightningModule):
         accumulate_batches: int = 1,
         gradient_clip: float | None = None,
         max_steps: int = -1,
+        gradient_cache_chunk: int | None = None,
         data: Data | None = None,
     ) -> None:
         super().__init__()
@@ -58,10 +63,16 @@ class LitMethod(pl.LightningModule):
         self.accumulate_batches = accumulate_batches
         self.gradient_clip = gradient_clip
         self.max_steps = max_steps
+        self.gradient_cache_chunk = gradient_cache_chunk
         self.data = data
         self.own_update = type(method).update is not Method.update
         self.named_optimizers = self.optimization.build(method)
-        self.automatic_optimization = len(self.named_optimizers) == 1 and not self.own_update
+        plain = len(self.named_optimizers) == 1 and not self.own_update
+        self.automatic_optimization = plain and gradient_cache_chunk is None
+        if self.own_update and gradient_cache_chunk is not None:
+            raise ValueError(
+                f"{type(method).__name__} makes its own updates, so it cannot use a gradient cache."
+            )
         if self.own_update and accumulate_batches > 1:
             raise ValueError(
                 f"{type(method).__name__} makes its own updates, so accumulate_grad_batches must be 1, "
@@ -144,9 +155,13 @@ class LitMethod(pl.LightningModule):
                 )
             )
             self._after_step()
+        elif self.gradient_cache_chunk is not None:
+            value, portions = method_gradient_cache(self.method, batch, chunk_size=self.gradient_cache_chunk)
+            losses = {"loss": value}
+            self._shared_update(portions, batch_idx)
         else:
             losses = self._losses(self.method(batch))
-            self._shared_update(losses["loss"], batch_idx)
+            self._shared_update(iter([losses["loss"]]), batch_idx)
         self._log(losses)
         return None
 
@@ -185,12 +200,16 @@ class LitMethod(pl.LightningModule):
         if self.trainer.loggers:
             self.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
 
-    def _shared_update(self, loss: Tensor, batch_idx: int) -> None:
+    def _shared_update(self, portions: Iterator[Tensor], batch_idx: int) -> None:
+        """Back-propagate the portions of a loss; step all optimisers if it is time."""
         last = batch_idx + 1 == self.trainer.num_training_batches
         steps = last or (batch_idx + 1) % self.accumulate_batches == 0
-        synchronise = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
-        with contextlib.nullcontext() if steps else synchronise():
-            self.manual_backward(loss / self.accumulate_batches)
+        # Processes average their gradients once a step, with the last portion of all.
+        alone = self.trainer.world_size == 1
+        block = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
+        for portion, final in zip(portions, repeat(False), strict=False) if alone else _with_last(portions):
+            with contextlib.nullcontext() if alone or (steps and final) else block():
+                self.manual_backward(portion / self.accumulate_batches)
         if steps:
             for optimizer in self._lightning_optimizers().values():
                 optimizer.step()
@@ -222,6 +241,15 @@ class LitMethod(pl.LightningModule):
         self.last_losses = {name: value.detach() for name, value in losses.items()}
         if self.trainer.loggers:
             self.log_dict({f"train/{name}": value for name, value in self.last_losses.items()})
+
+
+def _with_last(portions: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Each portion and whether it is the last; makes one portion ahead of its use."""
+    held = next(portions)
+    for portion in portions:
+        yield held, False
+        held = portion
+    yield held, True
 
 
 def random_state() -> dict[str, Any]:

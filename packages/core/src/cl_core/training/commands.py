@@ -81,6 +81,7 @@ def fit_from(domain: Domain, args: list[str]) -> FitResult:
     add("--run_dir", type=str, default=None, help="run folder; default runs/<config>-<number>")
     add("--resume", type=str, default=None, help="run folder to continue")
     add("--init_from", type=str, default=None, help="run, export or checkpoint whose weights to start from")
+    add("--gradient_cache_chunk", type=int | None, default=None, help="rows encoded at a time; default all")
     add("--debug", action="store_true", help="show where an error came from")
     resume, rest = _without_option(args, "--resume")
     if resume is not None:
@@ -114,6 +115,7 @@ def fit_from(domain: Domain, args: list[str]) -> FitResult:
         name=_run_name(domain, args),
         resume=resume,
         init_from=config.init_from,
+        gradient_cache_chunk=config.gradient_cache_chunk,
         config=parser.dump(config, without=_NOT_KEPT),
         artist=_load(domain.artist),
         package=domain.distribution,

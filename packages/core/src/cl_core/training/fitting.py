@@ -150,6 +150,7 @@ def fit(
     resume: str | Path | None = None,
     init_from: str | Path | None = None,
     config: str | None = None,
+    gradient_cache_chunk: int | None = None,
     artist: Artist | None = None,
     package: str = "cl-core",
 ) -> FitResult:
@@ -172,6 +173,7 @@ def fit(
         resume: a run folder to continue; the method must be built as it was then.
         init_from: a run folder, export folder or checkpoint whose fitting weights to start from.
         config: text for ``config.yaml``; None for the settings given here.
+        gradient_cache_chunk: rows encoded at a time, for batches whose activations do not fit; None for all.
         artist: draws figures at the end.
         package: distribution that checkpoints belong to.
 
@@ -216,17 +218,16 @@ def fit(
 
     method.train()
     try:
-        lit, table = _train(
+        lit = LitMethod(
             method,
-            data,
-            run,
-            settings["optimization"],
-            trainer_options,
-            checkpoint,
-            monitor,
-            labelled,
-            package,
+            optimization,
+            accumulate_batches=trainer_options.accumulate_grad_batches,
+            gradient_clip=trainer_options.gradient_clip_val,
+            max_steps=trainer_options.max_steps,
+            gradient_cache_chunk=gradient_cache_chunk,
+            data=data,
         )
+        table = _train(lit, data, run, trainer_options, checkpoint, monitor, labelled, package)
     except MisconfigurationException as error:
         raise ValueError(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
@@ -276,24 +277,15 @@ def weights_of(source: str | Path, *, package: str) -> dict[str, Tensor]:
 
 
 def _train(
-    method: Method,
+    lit: LitMethod,
     data: Data,
     run: RunFolder,
-    optimization: Any,
     options: TrainerOptions,
     checkpoint: Checkpointing,
     monitor: Monitoring,
     labelled: bool,
     package: str,
-) -> tuple[LitMethod, MetricsTable]:
-    lit = LitMethod(
-        method,
-        optimization,
-        accumulate_batches=options.accumulate_grad_batches,
-        gradient_clip=options.gradient_clip_val,
-        max_steps=options.max_steps,
-        data=data,
-    )
+) -> MetricsTable:
     table = MetricsTable(run.metrics_table)
     saver = Checkpoints(run.checkpoints, checkpoint)
     callbacks: list[pl.Callback] = []
@@ -331,7 +323,7 @@ def _train(
         last = run.last_checkpoint
         with _interruptible(saver, single=trainer.world_size == 1):
             trainer.fit(lit, ckpt_path=str(last) if last.is_file() else None)
-    return lit, table
+    return table
 
 
 def _device(options: TrainerOptions) -> str:
