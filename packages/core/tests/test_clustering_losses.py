@@ -176,7 +176,7 @@ def test_a_queue_that_all_ranks_hold_counts_once(ranks):
     [
         ({"assignment_crops": ()}, "assignment_crops must name"),
         ({"assignment_crops": (0, 0)}, "assignment_crops must name"),
-        ({"assignment_crops": (0, 2)}, "scores must hold at least 3 crops"),
+        ({"assignment_crops": (0, 2)}, "scores must be at least 3 tensors"),
         ({"assignment_crops": (-1,)}, "assignment_crops must be at least 0"),
         ({"epsilon": 0.0}, "epsilon must be"),
         ({"iterations": 0}, "iterations must be"),
@@ -192,8 +192,8 @@ def test_swav_refuses_in_one_sentence(change, message):
     if "queue" not in change and "at least 3" not in message:
         with pytest.raises(ValueError, match=message):
             SwAVLoss(**change)
-    with pytest.raises(ValueError, match="scores must hold at least 2 crops, one tensor each, got 1"):
-        swav_loss(scores[0])
+    with pytest.raises(ValueError, match="scores must be at least 2 tensors, one a crop .*, got 1"):
+        swav_loss(scores)
 
 
 # ---- ProtoNCE --------------------------------------------------------------------------------------------------------

@@ -93,6 +93,12 @@ def test_a_constant_feature_keeps_the_gradient_finite(loss, value):
     assert z1.grad.isfinite().all()
 
 
+@LOSSES
+def test_differentiable_twice(loss):
+    given = [z.requires_grad_() for z in views(4, 5, 3)]
+    assert torch.autograd.gradgradcheck(loss, given)
+
+
 class Largest(TorchDispatchMode):
     """Number of entries of the largest tensor any operation returns."""
 

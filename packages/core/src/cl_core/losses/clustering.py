@@ -160,7 +160,7 @@ def prototype_nce_loss(
         z: embeddings, shape (N, D).
         prototypes: shape (K, D), the same on all ranks; or a sequence of M, one a clustering. They receive a gradient.
         assignments: index of each row's prototype, integers of shape (N,); negative for a row that has none and does
-            not count; or a sequence of M.
+            not count; or a sequence of M, or shape (M, N).
         concentration: phi_k > 0, shape (K,), in place of the temperature: small for a dense cluster. The paper scales
             them to a mean of the temperature. Or a sequence of M.
         temperature: T > 0; a 0-d tensor receives a gradient.
@@ -253,9 +253,10 @@ def _check_crops(assignment_crops: Sequence[int], crops: int | None = None) -> N
         raise ValueError(f"assignment_crops must name each crop once and at least 1, got {assignment_crops}.")
     for crop in assignment_crops:
         _checks.count("assignment_crops", crop, at_least=0)
-    if crops is not None and (crops < 2 or max(assignment_crops) >= crops):
+    least = max(2, max(assignment_crops) + 1)
+    if crops is not None and crops < least:
         raise ValueError(
-            f"scores must hold at least {max(2, max(assignment_crops) + 1)} crops, one tensor each, got {crops}."
+            f"scores must be at least {least} tensors, one a crop (unpack a list with *), got {crops}."
         )
 
 
