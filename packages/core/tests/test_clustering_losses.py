@@ -192,7 +192,7 @@ def test_swav_refuses_in_one_sentence(change, message):
     if "queue" not in change and "at least 3" not in message:
         with pytest.raises(ValueError, match=message):
             SwAVLoss(**change)
-    with pytest.raises(ValueError, match="scores must be at least 2 tensors, one a crop .*, got 1"):
+    with pytest.raises(ValueError, match=r"scores must be at least 2 tensors, one a crop .*, got 1"):
         swav_loss(scores)
 
 
