@@ -13,9 +13,11 @@ _HOME = {
     "Ranks": "cl_core.testing.ranks",
     "check_group": "cl_core.testing.losses",
     "check_loss": "cl_core.testing.losses",
+    "check_method": "cl_core.testing.methods",
     "loss_checks": "cl_core.testing.losses",
+    "method_checks": "cl_core.testing.methods",
 }  # public name -> the module that is it or holds it
-__all__ = ["Ranks", "check_group", "check_loss", "loss_checks", "parity"]
+__all__ = ["Ranks", "check_group", "check_loss", "check_method", "loss_checks", "method_checks", "parity"]
 
 
 def __getattr__(name: str) -> Any:

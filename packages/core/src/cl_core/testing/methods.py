@@ -1,0 +1,457 @@
+"""The battery every registered method passes; third parties run it on theirs.
+
+    from cl_core.testing import check_method
+    check_method(make_tiny_method, batches, inputs=images)   # AssertionError names the first check that fails
+
+or, to see each check as a test of its own::
+
+    checks = method_checks(make_tiny_method, batches, inputs=images)
+
+    @pytest.mark.parametrize("name", checks)
+    def test_battery(name):
+        checks[name]()
+
+Methods are trained by a bare loop that keeps the order of :mod:`cl_core.training`, so neither Lightning nor a data
+set is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import io
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl_core.method import Method, Progress
+from cl_core.plugins import unknown
+from cl_core.testing._differences import assert_same
+
+STEPS_PER_EPOCH = 3
+"""So that a resume after two steps stands in the middle of an epoch and meets the next one."""
+
+_ALIASES = {"loss": "criterion"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with what it is tried on; see :func:`check_method`."""
+
+    factory: Callable[[], Method]
+    batches: list[Any]
+    inputs: Any
+    rows: int
+    lr: float
+    stored_loss: float | None
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {}
+
+
+def check_method(
+    factory: Callable[[], Method],
+    batches: list[Any],
+    *,
+    inputs: Any,
+    rows: int | None = None,
+    lr: float = 3e-3,
+    stored_loss: float | None = None,
+    exclude: Sequence[str] = (),
+) -> None:
+    """Run every check that applies to a method, on the CPU.
+
+    Args:
+        factory: makes a small instance, at random from torch's global state; called many times, under seeds set here.
+        batches: training batches, as ``Method.loss`` takes them; used in turn. A few rows each are enough.
+        inputs: what ``Method.embed`` takes.
+        rows: rows that ``embed`` must return for them; None for ``len(inputs)``.
+        lr: learning rate of Adam, with which the loss on one batch must fall within 30 steps.
+        stored_loss: loss of the first batch after a step on the first and one on the next, as an earlier version
+            gave it (shown when the check fails), to notice unintended changes; None for no such check.
+        exclude: names of checks to leave out (say why where you call it).
+
+    Raises:
+        AssertionError: naming the first check that fails.
+        ValueError: if ``exclude`` names a check that there is not.
+    """
+    checks = method_checks(factory, batches, inputs=inputs, rows=rows, lr=lr, stored_loss=stored_loss)
+    for name in exclude:
+        if name not in CHECKS:
+            raise ValueError(unknown("check of methods", name, CHECKS))
+    for name, check in checks.items():
+        if name not in exclude:
+            check()
+
+
+def method_checks(
+    factory: Callable[[], Method],
+    batches: list[Any],
+    *,
+    inputs: Any,
+    rows: int | None = None,
+    lr: float = 3e-3,
+    stored_loss: float | None = None,
+) -> dict[str, Callable[[], None]]:
+    """The checks that apply, by name, each ready to be called; nothing is built before.
+
+    Takes the arguments of :func:`check_method`. A check raises AssertionError alone, whatever goes wrong in it, and
+    leaves the global random state as it was.
+    """
+    if not isinstance(batches, list) or not batches:
+        raise TypeError(
+            f"batches must be a list of at least one training batch, got {type(batches).__name__}."
+        )
+    if rows is None and not hasattr(inputs, "__len__"):
+        raise TypeError(
+            f"rows must be given for inputs without a length, got inputs of {type(inputs).__name__}."
+        )
+    case = Case(factory, batches, inputs, len(inputs) if rows is None else rows, lr, stored_loss)
+    left_out = {
+        "exports_and_loads": find_spec("safetensors") is None,  # comes with cl-core[train]
+        "loss_after_two_steps_is_as_stored": stored_loss is None,
+    }
+    return {name: functools.partial(_run, name, case) for name in CHECKS if not left_out.get(name, False)}
+
+
+def _run(name: str, case: Case) -> None:
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        try:
+            CHECKS[name](
+                replace(case, batches=copy.deepcopy(case.batches), inputs=copy.deepcopy(case.inputs))
+            )
+        except Exception as error:
+            what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+            raise AssertionError(f"{_name(case)} fails {name}: {what}") from error
+
+
+def _name(case: Case) -> str:
+    try:
+        return type(case.factory()).__name__
+    except Exception:
+        return "the factory"
+
+
+def _check(check: Callable[[Case], None]) -> Callable[[Case], None]:
+    """Enter a check into the battery."""
+    CHECKS[check.__name__.removeprefix("_")] = check
+    return check
+
+
+class BareTraining:
+    """A bare loop that does what the engine does, in its order; resumable through bytes.
+
+    Args:
+        case: what to train.
+        total_steps: of the whole training, as :class:`Progress` tells the method.
+        seed: set before the method is made.
+        weight_decay: handed to ``parameter_groups``.
+        eps: of Adam.
+        saved: what :meth:`save` returned, to go on from there.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        *,
+        total_steps: int = 4,
+        seed: int = 0,
+        weight_decay: float = 1e-4,
+        eps: float = 1e-8,
+        saved: bytes | None = None,
+    ) -> None:
+        self.case, self.total_steps, self.step = case, total_steps, 0
+        self.method = _made(case, seed=seed)
+        self.optimizers = _optimizers(self.method, case.lr, weight_decay, eps)
+        if saved is None:
+            self.method.on_fit_start(self._progress(0))
+            return
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        self.step = state["step"]
+        self.method.load_state_dict(state["method"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.method.on_fit_start(self._progress(self.step // STEPS_PER_EPOCH))
+        torch.set_rng_state(state["random"])
+
+    def run(self, steps: int) -> list[float]:
+        """Take optimiser steps on the batches in turn; the loss of each."""
+        losses = []
+        for _ in range(steps):
+            epoch = self.step // STEPS_PER_EPOCH
+            if self.step % STEPS_PER_EPOCH == 0:
+                self.method.on_epoch_start(self._progress(epoch))
+            loss = self._update(self.case.batches[self.step % len(self.case.batches)])
+            self.step += 1
+            self.method.after_step(self._progress(epoch))
+            losses.append(loss.item())
+        return losses
+
+    def save(self) -> bytes:
+        """All there is to go on from: method, optimisers, random state."""
+        buffer = io.BytesIO()
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        state = {"method": self.method.state_dict(), "optimizers": optimizers, "step": self.step}
+        torch.save(state | {"random": torch.get_rng_state()}, buffer)
+        return buffer.getvalue()
+
+    def _progress(self, epoch: int) -> Progress:
+        return Progress(self.step, self.total_steps, epoch, math.ceil(self.total_steps / STEPS_PER_EPOCH))
+
+    def _update(self, batch: Any) -> Tensor:
+        if type(self.method).update is not Method.update:
+            return _scalar(self.method.update(batch, self.optimizers, lambda loss: loss.backward()))
+        loss = _scalar(self.method(batch))
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        return loss.detach()
+
+
+def _optimizers(method: Method, lr: float, weight_decay: float, eps: float) -> dict[str, Optimizer]:
+    named: dict[str, list[dict[str, Any]]] = {}
+    for group in method.parameter_groups(weight_decay):
+        settings = dict(group)
+        name, scale = settings.pop("optimizer", "main"), settings.pop("lr_scale", 1.0)
+        named.setdefault(name, []).append(settings | {"lr": lr * scale})
+    return {name: torch.optim.AdamW(groups, lr=lr, eps=eps) for name, groups in named.items()}
+
+
+def _made(case: Case, *, seed: int = 0) -> Method:
+    torch.manual_seed(seed)
+    return case.factory()
+
+
+def _scalar(losses: Tensor | Mapping[str, Tensor]) -> Tensor:
+    return losses if isinstance(losses, Tensor) else losses["loss"]
+
+
+def _loss(method: Method, batch: Any) -> Any:
+    """Loss in training mode, under one seed."""
+    torch.manual_seed(7)
+    return method.train().loss(batch)
+
+
+def _embedding(method: Method, inputs: Any) -> Tensor:
+    method.eval()
+    with torch.no_grad():
+        return method.embed(inputs)
+
+
+def _state(method: Method) -> dict[str, Any]:
+    return copy.deepcopy(method.state_dict())
+
+
+def _modes(method: Method) -> dict[str, bool]:
+    return {name: module.training for name, module in method.named_modules()}
+
+
+@_check
+def _constructor_stores_its_arguments(case: Case) -> None:
+    method = _made(case)
+    assert isinstance(method, Method), f"{type(method).__name__} is no cl_core.method.Method"
+    constructor = type(method).__init__
+    if constructor is nn.Module.__init__:
+        return
+    for parameter in list(inspect.signature(constructor).parameters.values())[1:]:
+        name = parameter.name
+        assert parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD), (
+            f"*{name} is not named"
+        )
+        assert any(_is_stored(method, n) for n in (name, _ALIASES.get(name, name))), (
+            f"argument {name!r} is not stored"
+        )
+
+
+def _is_stored(method: Method, name: str) -> bool:
+    return hasattr(method, name) and not inspect.ismethod(getattr(method, name))
+
+
+@_check
+def _construction_repeats_under_a_seed(case: Case) -> None:
+    first = _made(case, seed=3)
+    assert torch.initial_seed() == 3, "the factory, or the constructor, sets torch's global seed"
+    torch.rand(5)
+    assert_same(_state(first), _state(_made(case, seed=3)), "two instances made under one seed")
+
+
+@_check
+def _gives_an_attached_scalar_loss(case: Case) -> None:
+    losses = _loss(_made(case), case.batches[0])
+    named = {"loss": losses} if isinstance(losses, Tensor) else losses
+    assert isinstance(named, Mapping), (
+        f"loss returns {type(losses).__name__}, not a scalar or a dict of scalars"
+    )
+    assert "loss" in named, f"there is no 'loss' among {list(named)}"
+    for name, value in named.items():
+        assert isinstance(value, Tensor), f"{name} is {type(value).__name__}, not a tensor"
+        assert value.ndim == 0, f"{name} has shape {tuple(value.shape)}, not that of a scalar"
+        assert value.isfinite(), f"{name} is {value.item()}"
+    assert named["loss"].dtype == torch.float32, f"loss is {named['loss'].dtype}"
+    assert named["loss"].requires_grad, "loss is detached from the parameters"
+
+
+@_check
+def _calling_it_gives_the_loss(case: Case) -> None:
+    called = _made(case).train()
+    torch.manual_seed(7)
+    assert_same(
+        called(case.batches[0]), _loss(_made(case), case.batches[0]), "method(batch) and method.loss(batch)"
+    )
+
+
+@_check
+def _embeds_without_a_trace(case: Case) -> None:
+    training = BareTraining(case)
+    training.run(2)
+    method, twin = training.method.eval(), copy.deepcopy(training.method)
+    state, random = _state(method), torch.get_rng_state()
+    embeddings = _embedding(method, case.inputs)
+    assert isinstance(embeddings, Tensor), f"embed returns {type(embeddings).__name__}"
+    assert embeddings.ndim == 2, f"embeddings have shape {tuple(embeddings.shape)}, not (N, D)"
+    assert len(embeddings) == case.rows, f"{len(embeddings)} embeddings of {case.rows} inputs"
+    assert embeddings.is_floating_point(), f"embeddings are {embeddings.dtype}"
+    assert embeddings.isfinite().all(), "embeddings are not finite"
+    assert not embeddings.requires_grad, "embeddings carry a gradient under torch.no_grad()"
+    assert torch.equal(torch.get_rng_state(), random), "embed draws random numbers in evaluation mode"
+    assert_same(_embedding(method, case.inputs), embeddings, "embeddings of the same inputs")
+    assert_same(_state(method), state, "state before and after embed in evaluation mode")
+    for mode in (True, False):
+        modes = _modes(method.train(mode))
+        method.embed(case.inputs)
+        assert_same(_modes(method), modes, "training mode of the submodules before and after embed")
+        assert torch.is_grad_enabled(), "embed leaves gradients switched off"
+    method.load_state_dict(state)  # embed in training mode may have moved running statistics
+    assert_same(
+        _loss(method, case.batches[0]), _loss(twin, case.batches[0]), "loss with and without embed before"
+    )
+
+
+@_check
+def _parameter_groups_hold_every_parameter_once(case: Case) -> None:
+    method = _made(case)
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
+    grouped = [id(parameter) for group in method.parameter_groups(1e-4) for parameter in group["params"]]
+    for key in grouped:
+        assert key in names, "a group holds a parameter that is not the method's"
+        assert grouped.count(key) == 1, f"{names[key]} is in {grouped.count(key)} places"
+    for name, parameter in method.named_parameters():
+        assert not parameter.requires_grad or id(parameter) in grouped, f"{name} is in no group"
+
+
+@_check
+def _two_steps_move_every_parameter(case: Case) -> None:
+    training = BareTraining(case, weight_decay=0.0)  # or decay alone would move them
+    trained = {name: p for name, p in training.method.named_parameters() if p.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    training.run(2)
+    for name, parameter in trained.items():
+        assert parameter.isfinite().all(), f"{name} is not finite"
+        assert not torch.equal(parameter, before[name]), f"{name} has not moved"
+
+
+@_check
+def _loss_falls_on_one_batch(case: Case) -> None:
+    training = BareTraining(replace(case, batches=case.batches[:1]), total_steps=30)
+    losses = []
+    for _ in range(30):
+        torch.manual_seed(7)  # the same dropout and augmentation each step: only learning changes the loss
+        losses += training.run(1)
+    assert max(losses[-5:]) < losses[0], f"from {losses[0]:.6g} to {losses[-5:]} in the last five of 30 steps"
+
+
+@_check
+def _loss_after_two_steps_is_as_stored(case: Case) -> None:
+    training = BareTraining(case, eps=1e-4)  # or gradients that are mere rounding would take whole steps
+    training.run(2)
+    loss = _scalar(_loss(training.method, case.batches[0])).item()
+    assert case.stored_loss is not None
+    assert math.isclose(loss, case.stored_loss, rel_tol=1e-4, abs_tol=1e-4), (
+        f"{loss:.7g}, not {case.stored_loss:.7g}"
+    )
+
+
+@_check
+def _state_dict_holds_all_state(case: Case) -> None:
+    training = BareTraining(case)
+    training.run(2)
+    buffer = io.BytesIO()
+    torch.save(training.method.state_dict(), buffer)
+    loaded = _made(case, seed=1)
+    loaded.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    one, other = _embedding(training.method, case.inputs), _embedding(loaded, case.inputs)
+    assert_same(other, one, "embeddings after loading")
+    one, other = _loss(training.method, case.batches[-1]), _loss(loaded, case.batches[-1])
+    assert_same(other, one, "next loss after loading")
+
+
+@_check
+def _resumes_exactly(case: Case) -> None:
+    whole = BareTraining(case)
+    losses = whole.run(4)
+    interrupted = BareTraining(case)
+    interrupted.run(2)
+    resumed = BareTraining(case, seed=1, saved=interrupted.save())
+    assert_same(resumed.run(2), losses[2:], "losses after a resume and without")
+    assert_same(_state(resumed.method), _state(whole.method), "state after a resume and without")
+
+
+@_check
+def _hooks_reach_the_last_step(case: Case) -> None:
+    training = BareTraining(case, total_steps=2)
+    modes = _modes(training.method.train())
+    training.run(2)  # after_step is told step 2 of 2
+    assert_same(_modes(training.method), modes, "training mode before and after the hooks")
+    for name, value in training.method.state_dict().items():
+        if isinstance(value, Tensor):
+            assert not value.isnan().any(), f"{name} holds NaN after the last step"
+    assert _scalar(_loss(training.method, case.batches[0])).isfinite(), (
+        "loss is not finite after the last step"
+    )
+
+
+@_check
+def _leaves_its_inputs_alone(case: Case) -> None:
+    batches, inputs = copy.deepcopy((case.batches, case.inputs))
+    training = BareTraining(case)
+    training.run(max(2, len(batches)))
+    assert_same(case.batches, batches, "the batches after and before")
+    _embedding(training.method, case.inputs)
+    assert_same(case.inputs, inputs, "the inputs after and before")
+
+
+@_check
+def _copies_and_shows_itself(case: Case) -> None:
+    training = BareTraining(case)
+    training.run(1)
+    copied, state = copy.deepcopy(training.method), _state(training.method)
+    twin = copy.deepcopy(copied)
+    training.run(2)
+    assert_same(_state(copied), state, "state of a copy after the original was trained, and before")
+    assert_same(_loss(copied, case.batches[0]), _loss(twin, case.batches[0]), "losses of two copies")
+    shown, name = repr(training.method), type(training.method).__name__
+    assert shown.startswith(name), f"repr starts with {shown[:40]!r}, not with {name}"
+
+
+@_check
+def _exports_and_loads(case: Case) -> None:
+    from cl_core.training import export_method, load_export
+
+    training = BareTraining(case)
+    training.run(2)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(1)
+        loaded = load_export(export_method(training.method, folder))
+    assert type(loaded) is type(training.method)
+    one, other = _embedding(training.method, case.inputs), _embedding(loaded, case.inputs)
+    assert_same(other, one, "embeddings of the export")

@@ -1,0 +1,102 @@
+"""The battery over every registered method on images, and each of them under Lightning."""
+
+import json
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from cl_core import plugins
+from cl_core.losses import DCLLoss
+from cl_core.testing import method_checks
+from cl_core.testing.methods import CHECKS, BareTraining, Case
+from cl_core.training import LitMethod, Optimization
+from cl_vision.data import Views
+from cl_vision.encoders import SmallConvNet
+from cl_vision.methods import SimCLR
+from cl_vision.projectors import MLPProjector
+
+# {method: {check: reason}}: the one place where a method may be excused from a check.
+EXCLUSIONS = json.loads(Path(__file__).with_name("exclusions.json").read_text())
+METHODS = {
+    plugin.name: plugins.load_method(plugin.name)
+    for plugin in plugins.available_methods()
+    if plugin.target.startswith("cl_vision.")
+}
+
+
+def simclr():
+    return SimCLR(SmallConvNet(4, in_channels=1), DCLLoss(temperature=0.2), MLPProjector(out_dim=16))
+
+
+# A tiny instance of every registered method, and its loss after two steps of the battery's training.
+TINY = {"SimCLR": (simclr, -0.6033516)}
+
+
+def batches(count=2, rows=12, views=2):
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for first in range(0, count * rows, rows):
+        images = torch.randn(rows, 1, 8, 8, generator=generator)
+        noisy = tuple(images + 0.2 * torch.randn(images.shape, generator=generator) for _ in range(views))
+        made.append(Views(noisy, torch.arange(rows) % 3, torch.arange(first, first + rows)))
+    return made
+
+
+def checks_of(name):
+    factory, stored_loss = TINY[name]
+    return method_checks(factory, batches(), inputs=batches()[0].views[0], stored_loss=stored_loss)
+
+
+def test_every_registered_method_is_here():
+    assert set(TINY) == set(METHODS)
+    assert set(METHODS) >= {"SimCLR"}  # or nothing would be tested where no metadata is installed
+    for name, (factory, _) in TINY.items():
+        assert type(factory()) is METHODS[name]
+
+
+def test_exclusions_name_what_exists():
+    for name, checks in EXCLUSIONS.items():
+        assert name in TINY
+        assert set(checks) <= set(CHECKS)
+        assert all(isinstance(reason, str) and reason for reason in checks.values())
+
+
+@pytest.mark.parametrize(("name", "check"), [(name, check) for name in TINY for check in checks_of(name)])
+def test_battery(name, check):
+    if check in EXCLUSIONS.get(name, {}):
+        with pytest.raises(AssertionError):  # an exclusion that is no longer needed fails
+            checks_of(name)[check]()
+    else:
+        checks_of(name)[check]()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_lightning_trains_as_a_bare_loop(name):
+    factory = TINY[name][0]
+    bare = BareTraining(
+        Case(factory, batches(), inputs=None, rows=0, lr=0.01, stored_loss=None), total_steps=2
+    )
+    bare.run(2)
+    torch.manual_seed(0)
+    adaptor = LitMethod(factory(), Optimization(lr=0.01, schedule="constant"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")  # its advice on workers and intervals
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(
+            adaptor, train_dataloaders=DataLoader(batches(), batch_size=None, generator=torch.Generator())
+        )
+    assert adaptor.steps_done == 2
+    trained = adaptor.method.state_dict()
+    for key, value in bare.method.state_dict().items():
+        assert torch.equal(trained[key], value), key
