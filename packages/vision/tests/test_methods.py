@@ -36,12 +36,12 @@ def simclr():
 TINY = {"SimCLR": (simclr, -0.6033516)}
 
 
-def batches(count=2, rows=12, views=2):
+def batches(count=2, rows=12):
     generator = torch.Generator().manual_seed(0)
     made = []
     for first in range(0, count * rows, rows):
         images = torch.randn(rows, 1, 8, 8, generator=generator)
-        noisy = tuple(images + 0.2 * torch.randn(images.shape, generator=generator) for _ in range(views))
+        noisy = tuple(images + 0.2 * torch.randn(images.shape, generator=generator) for _ in range(2))
         made.append(Views(noisy, torch.arange(rows) % 3, torch.arange(first, first + rows)))
     return made
 
