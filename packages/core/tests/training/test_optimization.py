@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from cl_core.method import Progress
+from cl_core.training.callbacks import MovingAverage
+from cl_core.training.fitting import Monitoring, TrainerOptions, fit
+from cl_core.training.optimization import Optimization
+
+
+def factors(steps=20, epochs=5, **settings):
+    optimization = Optimization(**settings)
+    return [optimization.factor(Progress(step, steps, step // 4, epochs)) for step in range(steps + 1)]
+
+
+def test_schedules():
+    assert factors(schedule="constant") == [1.0] * 21
+    expected = [(1 + math.cos(math.pi * step / 20)) / 2 for step in range(21)]
+    assert factors() == pytest.approx(expected)
+    warm = factors(warmup_epochs=1)  # 4 of 20 steps
+    assert warm[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert warm[-1] == pytest.approx(0.0)
+    assert all(later < earlier for earlier, later in itertools.pairwise(warm[4:]))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
+def test_optimisers_and_rates_of_groups(tiny, name, kind):
+    optimization = Optimization(optimizer=name, lr=0.2, weight_decay=0.1)
+    built = optimization.build(tiny.method(tiny.TwoOptimisers))
+    assert {key: type(value).__name__ for key, value in built.items()} == {"main": kind, "head": kind}
+    optimization.set_rates(built, Progress(10, 20, 2, 5))
+    assert built["main"].param_groups[0]["lr"] == pytest.approx(0.1)
+    assert built["head"].param_groups[0]["lr"] == pytest.approx(0.05)
+    assert built["main"].param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 0.0},
+        {"weight_decay": -1.0},
+        {"warmup_epochs": float("nan")},
+        {"optimizer": "lars"},
+        {"schedule": "x"},
+    ],
+)
+def test_bad_settings_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Optimization(**settings)
+
+
+def test_nothing_to_train_is_refused(tiny):
+    with pytest.raises(ValueError, match="TinyMethod has no trainable parameter"):
+        Optimization().build(tiny.method().requires_grad_(False))
+
+
+def test_the_moving_average_becomes_the_result(tiny, monkeypatch):
+    seen = []
+    after = tiny.TinyMethod.after_step
+
+    def after_step(self, progress):
+        after(self, progress)
+        seen.append({name: value.detach().clone() for name, value in self.state_dict().items()})
+
+    monkeypatch.setattr(tiny.TinyMethod, "after_step", after_step)
+    method = tiny.method()
+    average = {name: value.detach().clone() for name, value in method.state_dict().items()}
+    options = TrainerOptions(max_epochs=2, accelerator="cpu", progress_bar=False)
+    result = fit(method, tiny.TinyData(), trainer=options, monitor=Monitoring(moving_average=0.8))
+    for state in seen:
+        average = {name: 0.8 * average[name] + 0.2 * value for name, value in state.items()}
+    for name, value in result.method.state_dict().items():
+        torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(value, seen[-1][name])
+    with pytest.raises(ValueError, match="decay must be in"):
+        MovingAverage(1.0)
