@@ -126,6 +126,14 @@ def has_labels(data: Data) -> bool:
     )
 
 
+def neighbour_accuracies(train: Embedding, judged: Embedding, settings: Evaluation) -> dict[int, float]:
+    """Accuracy on one set of rows for each number of neighbours to choose from."""
+    return {
+        k: _accuracy(knn_predict(*train, judged[0], k=k, temperature=settings.temperature), judged[1])
+        for k in settings.neighbours
+    }
+
+
 def accuracies(
     train: Embedding, validation: Embedding, test: Embedding, settings: Evaluation
 ) -> dict[str, float]:
@@ -137,11 +145,8 @@ def accuracies(
         ``knn`` and ``linear`` on test, ``knn_validation`` and ``linear_validation``, the chosen ``k`` and
         ``regularization``.
     """
-    train, validation, test = (_labelled(*part) for part in (train, validation, test))
-    scores = {
-        k: _accuracy(knn_predict(*train, validation[0], k=k, temperature=settings.temperature), validation[1])
-        for k in settings.neighbours
-    }
+    train, validation, test = (labelled(*part) for part in (train, validation, test))
+    scores = neighbour_accuracies(train, validation, settings)
     k = max(scores, key=lambda key: (scores[key], -key))
     probe = linear_probe(*train, *validation, regularizations=settings.regularizations)
     return {
@@ -176,7 +181,8 @@ def evaluate_raw(data: Data, settings: Evaluation | None = None) -> dict[str, fl
     return accuracies(train, validation, test, settings)
 
 
-def _labelled(rows: Tensor, labels: Tensor) -> Embedding:
+def labelled(rows: Tensor, labels: Tensor) -> Embedding:
+    """The rows that have a label: it is not negative."""
     known = labels >= 0
     return rows[known], labels[known]
 

@@ -227,7 +227,9 @@ def fit(
             gradient_cache_chunk=gradient_cache_chunk,
             data=data,
         )
-        table = _train(lit, data, run, trainer_options, checkpoint, monitor, labelled, package)
+        table = _train(
+            lit, data, run, trainer_options, checkpoint, monitor, evaluation if labelled else None, package
+        )
     except MisconfigurationException as error:
         raise ValueError(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
@@ -283,14 +285,15 @@ def _train(
     options: TrainerOptions,
     checkpoint: Checkpointing,
     monitor: Monitoring,
-    labelled: bool,
+    evaluation: Evaluation | None,
     package: str,
 ) -> MetricsTable:
     table = MetricsTable(run.metrics_table)
     saver = Checkpoints(run.checkpoints, checkpoint)
     callbacks: list[pl.Callback] = []
-    if monitor.knn_every_epochs is not None and labelled:
-        callbacks.append(KNNMonitor(data, every_epochs=monitor.knn_every_epochs, rows=monitor.knn_rows))
+    if monitor.knn_every_epochs is not None and evaluation is not None:
+        every, rows = monitor.knn_every_epochs, monitor.knn_rows
+        callbacks.append(KNNMonitor(data, evaluation=evaluation, every_epochs=every, rows=rows))
     if monitor.diagnostics_every_epochs is not None:
         callbacks.append(Diagnostics(run.path, every_epochs=monitor.diagnostics_every_epochs))
     if monitor.moving_average is not None:
