@@ -64,7 +64,9 @@ OURS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 def dense_two_views(z: Tensor, *, decoupled: bool = False) -> Tensor:
     """The textbook form: matrix, mask, cross entropy."""
     z, n = F.normalize(z, dim=1), len(z) // 2
-    logits = (z @ z.t() / TEMPERATURE).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf)
+    logits = (z @ z.t() / TEMPERATURE).masked_fill(
+        torch.eye(2 * n, dtype=torch.bool, device=z.device), -torch.inf
+    )
     partner = torch.arange(2 * n, device=z.device).roll(n)
     if not decoupled:
         return F.cross_entropy(logits, partner)
@@ -177,7 +179,9 @@ def write(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096, 8192])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--losses", nargs="+", default=list(OURS), choices=list(OURS))
@@ -206,7 +210,11 @@ def main() -> None:
                 for n, column in zip(arguments.sizes, columns, strict=True)
             ]
             rows.append([name, *cells])
-        where = f"{threads} thread{'s' * (threads > 1)}" if arguments.device == "cpu" else torch.cuda.get_device_name()
+        where = (
+            f"{threads} thread{'s' * (threads > 1)}"
+            if arguments.device == "cpu"
+            else torch.cuda.get_device_name()
+        )
         blocks.append(f"{where}, float32, d = {WIDTH}:\n\n{table(rows)}")
         print(blocks[-1], flush=True)
     if arguments.peak_sizes and arguments.device == "cpu" and sys.platform == "linux":
@@ -214,12 +222,16 @@ def main() -> None:
         for name in arguments.losses:
             limits = PEAK_TARGETS if OURS[name][0] == "symmetric" else {}
             values = [peak_elsewhere(name, n) for n in arguments.peak_sizes]
-            cells = [marked(v, limits.get(n), ".0f") for v, n in zip(values, arguments.peak_sizes, strict=True)]
+            cells = [
+                marked(v, limits.get(n), ".0f") for v, n in zip(values, arguments.peak_sizes, strict=True)
+            ]
             rows.append([name, *cells])
         blocks.append(table(rows))
         print("\n" + blocks[-1], flush=True)
     if arguments.write:
-        blocks.insert(0, f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}, {processor()}.")
+        blocks.insert(
+            0, f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}, {processor()}."
+        )
         write("\n\n".join(blocks))
 
 

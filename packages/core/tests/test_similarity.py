@@ -176,7 +176,7 @@ def test_softmax_mean():
     torch.testing.assert_close(result, ((x @ y.t()).softmax(1) @ y).detach())
 
 
-@pytest.mark.parametrize("norm", [1e20, 1.0, 1e-8, 1e-11])
+@pytest.mark.parametrize("norm", [1e38, 1e20, 1.0, 1e-8, 1e-11])
 def test_scaled_rows_of_any_norm(norm):
     z = random_rows(9, seed=0, dtype=torch.float32).detach()
     z[3] = 0
@@ -233,8 +233,8 @@ def test_tiled_forms_never_build_the_matrix():
         for pairing in (groups, labels):
             result = _tiles.rows_forward(z, z.clone(), pairing, tile)
             _tiles.rows_backward(gradient, z, z.clone(), result, pairing, tile)
-            result, _ = _tiles.shared_forward(z, z, pairing, tile)
-            _tiles.shared_backward(gradient, None, z, z, result, None, pairing, tile)
+            result, _ = _tiles.shared_forward(z, z, pairing, tile, symmetric=True)
+            _tiles.shared_backward(gradient, None, z, z, result, None, pairing, tile, symmetric=True)
             _tiles.softplus_forward(z, z.clone(), gradient, pairing, tile)
             _tiles.softplus_backward(gradient, z, z.clone(), gradient, pairing, tile)
     assert largest.entries <= most
@@ -302,6 +302,50 @@ def test_a_compiled_loss_still_refuses_nan():
         compiled(z, z.flip(0))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_sets_that_are_one_tensor(impl):
+    """Two towers that share their rows are still two towers, and keys may differ from side to side."""
+    z = random_rows(ROWS, seed=0)
+    weight = torch.linspace(-1, 2, 2 * ROWS, dtype=torch.float64)
+    both = torch.cat(similarity.paired_log_sum_exp(z, z, over="all", impl=impl, tile=TILE))
+    expected = torch.cat([naive(z, z, torch.zeros(ROWS, ROWS, dtype=torch.bool))] * 2)
+    given, wanted = (torch.autograd.grad((value * weight).sum(), z)[0] for value in (both, expected))
+    torch.testing.assert_close(given, wanted)
+    row_keys, column_keys = random_keys(ROWS, seed=1), random_keys(ROWS, seed=2)
+    options = {"row_keys": row_keys, "column_keys": column_keys, "over": "same", "impl": impl, "tile": TILE}
+    result = similarity.cross_log_sum_exp(z, z, **options)
+    same_value_and_gradients(
+        result, naive(z, z, row_keys[:, None] != column_keys[None]), [z], tolerance=1e-10
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_whose_weights_are_all_zero(impl):
+    x, y = random_rows(6, seed=0), random_rows(5, seed=1)
+
+    def log_weight(rows, columns):
+        return torch.where(rows[:, None] == 2, -torch.inf, 0.0).expand(len(rows), len(columns)).double()
+
+    result = similarity.cross_log_sum_exp(x, y, log_weight=log_weight, impl=impl, tile=TILE)
+    assert (result == -torch.inf).tolist() == [False, False, True, False, False, False]
+    (gradient,) = torch.autograd.grad(torch.sigmoid(result).sum(), x)
+    assert gradient.isfinite().all()
+    assert (gradient[2] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float32_keeps_its_digits_at_a_tiny_temperature(impl):
+    """At temperature 0.004 a logit has 250 as its scale; rounding its level must not show in the gradient."""
+    z = random_rows(600, seed=0, logit=250, dtype=torch.float32)
+    wide = z.detach().double().requires_grad_()
+    given, wanted = (
+        torch.autograd.grad(similarity.self_log_sum_exp(rows, impl=impl, tile=(64, 128)).sum(), rows)[0]
+        for rows in (z, wide)
+    )
+    error = (given.double() - wanted).abs().max() / wanted.abs().max()
+    assert error < 2e-5, f"{error:.2g}"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -313,6 +357,23 @@ def test_a_compiled_loss_still_refuses_nan():
         ),
         (lambda z: similarity.softplus_sum(z, z, z[:, 0], column_keys=INDEX), "must be given together"),
         (lambda z: similarity.paired_log_sum_exp(z, z, over="same"), "over must be one of"),
+        (lambda z: similarity.self_log_sum_exp(z.half()), "rows must be float32 or float64"),
+        (lambda z: similarity.self_log_sum_exp(z[:, 0]), "rows must be float32 or float64 of shape"),
+        (lambda z: similarity.self_log_sum_exp(z, keys=INDEX[:3]), "keys must have shape"),
+        (lambda z: similarity.self_log_sum_exp(z, group_size=0), "group_size must be"),
+        (lambda z: similarity.self_log_sum_exp(z, tile=(0, 4)), "tile must be"),
+        (lambda z: similarity.cross_log_sum_exp(z, z[:, 1:]), "same number of columns"),
+        (
+            lambda z: similarity.cross_log_sum_exp(z, z, row_ids=INDEX, column_ids=INDEX, over="same"),
+            "row_ids must",
+        ),
+        (lambda z: similarity.softplus_sum(z, z, z[:1, 0]), "offset must have shape"),
+        (
+            lambda z: similarity.cross_log_sum_exp(
+                z, z, log_weight=lambda r, c: z.sum() * (r[:, None] + c[None])
+            ),
+            "log_weight must be a module",
+        ),
     ],
 )
 def test_bad_arguments(call, message):

@@ -128,7 +128,30 @@ def choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """Refuse a value outside the allowed ones."""
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r:.40}.")
+
+
+def scalar(name: str, value: float | Tensor) -> None:
+    """Refuse anything but a finite number or a finite floating 0-d tensor."""
+    if not isinstance(value, Tensor):
+        number(name, value)
+        return
+    if value.ndim or value.dtype not in _FLOATS:
+        raise ValueError(f"{name} must be a floating 0-d tensor, got {value.dtype} of {tuple(value.shape)}.")
+    require(value.detach().isfinite().all(), f"{name} must be finite, got NaN or infinity.")
+
+
+def flag(name: str, value: bool) -> None:
+    """Refuse anything but True and False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r:.40}.")
+
+
+def group(value: object) -> None:
+    """Refuse what can never be a group: anything but None, "world" and a process group."""
+    if value is not None and value != "world" and not isinstance(value, torch.distributed.ProcessGroup):
+        shown = repr(value) if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"group must be None, 'world' or a process group, got {shown}.")
 
 
 def reduction(value: Reduction) -> None:

@@ -31,13 +31,17 @@ class UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, factor: float, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-        if z.device.type != "cpu" or not math.isfinite(norm.sum().item()):
+        if z.device.type == "cpu" and math.isfinite(norm.sum().item()):
+            spread, inverse = norm > eps, norm.clamp_min(eps).reciprocal_()
+            rows: Tensor = z * (inverse * factor)
+        else:  # squares may overflow: divide the row's largest entry out first
             peak = torch.linalg.vector_norm(z, ord=torch.inf, dim=1, keepdim=True).clamp_min_(eps)
-            norm = torch.linalg.vector_norm(z / peak, dim=1, keepdim=True).mul_(peak)
-        inverse = norm.clamp_min(eps).reciprocal_()
-        rows: Tensor = z * (inverse * factor)
+            scaled, least = z / peak, eps / peak
+            norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+            spread, norm = norm > least, torch.maximum(norm, least)
+            rows, inverse = scaled * (factor / norm), norm.reciprocal() / peak
         ctx.factor, ctx.eps = factor, eps
-        ctx.save_for_backward(z, rows, inverse, norm > eps)
+        ctx.save_for_backward(z, rows, inverse, spread)
         return rows
 
     @staticmethod
@@ -52,16 +56,30 @@ class UnitRows(torch.autograd.Function):
 
 
 def log_sum_exp(
-    rows: Tensor, columns: Tensor, pairing: Pairing, bound: float | None, *, both: bool
+    rows: Tensor,
+    columns: Tensor,
+    pairing: Pairing,
+    bound: float | None,
+    *,
+    both: bool = False,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Along rows, and along columns if ``both`` (otherwise the second result is the first)."""
-    if not torch.compiler.is_compiling() and _tiles.safe(rows.detach(), columns.detach(), bound):
-        if columns is rows:
-            along_rows = _KeptSelf.apply(rows, pairing)
+    """Along rows, and along columns if ``both`` (otherwise the second result is the first).
+
+    ``symmetric`` says that columns are the rows and that the pairing is symmetric.
+    """
+    if torch.compiler.is_compiling():
+        along_rows = plain_log_sum_exp(rows, columns, pairing)
+        return along_rows, plain_log_sum_exp(columns, rows, pairing.transposed()) if both else along_rows
+    if not _tiles.safe(rows.detach(), columns.detach(), bound):
+        along_rows = KeptCross.apply(rows, columns, pairing, False, True)[0]
+        if not both:
             return along_rows, along_rows
-        return _KeptCross.apply(rows, columns, pairing, both)  # type: ignore[no-any-return]
-    along_rows = plain_log_sum_exp(rows, columns, pairing)
-    return along_rows, plain_log_sum_exp(columns, rows, pairing.transposed()) if both else along_rows
+        return along_rows, KeptCross.apply(columns, rows, pairing.transposed(), False, True)[0]
+    if symmetric:
+        along_rows = KeptSelf.apply(rows, pairing)
+        return along_rows, along_rows
+    return KeptCross.apply(rows, columns, pairing, both, False)  # type: ignore[no-any-return]
 
 
 def plain_log_sum_exp(rows: Tensor, columns: Tensor, pairing: Pairing, bias: Tensor | None = None) -> Tensor:
@@ -73,9 +91,10 @@ def plain_log_sum_exp(rows: Tensor, columns: Tensor, pairing: Pairing, bias: Ten
         return logits.sum(1) - torch.inf
     excluded = pairing.excluded(0, len(rows), 0, len(columns))
     logits = logits.masked_fill(excluded, -torch.inf)
-    empty = excluded.all(1)
-    top = logits.detach().amax(1).masked_fill(empty, 0)
-    total = (logits - top[:, None]).exp().sum(1)
+    top = logits.detach().amax(1)
+    empty = top == -torch.inf  # nothing counts, or nothing has any weight
+    top = top.masked_fill(empty, 0)
+    total = (logits.masked_fill(empty[:, None], 0) - top[:, None]).exp().sum(1)
     return (total.masked_fill(empty, 1).log() + top).masked_fill(empty, -torch.inf)
 
 
@@ -102,12 +121,12 @@ class _Product(torch.autograd.Function):
         return _Product.apply(gradient, y.t()), _Product.apply(x.t(), gradient)
 
 
-class _KeptSelf(torch.autograd.Function):
+class KeptSelf(torch.autograd.Function):
     """Small symmetric case: keeps the exponentials, so that forward and backward cost one product each."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, pairing: Pairing) -> Tensor:
-        kept = _tiles.kept_forward(rows, rows, pairing)
+        kept, _ = _tiles.kept_forward(rows, rows, pairing, shift=False)
         total = kept.sum(1)
         ctx.pairing = pairing
         ctx.save_for_backward(rows, kept, total)
@@ -123,22 +142,23 @@ class _KeptSelf(torch.autograd.Function):
         return _tiles.kept_backward(u, u, rows, rows, kept, (True, False))[0], None
 
 
-class _KeptCross(torch.autograd.Function):
-    """Small two-tower case: keeps the exponentials, one product forward and two backward."""
+class KeptCross(torch.autograd.Function):
+    """Small case of two sets: keeps the exponentials, one product forward and two backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, pairing: Pairing, both: bool
+        ctx: Any, rows: Tensor, columns: Tensor, pairing: Pairing, both: bool, shift: bool
     ) -> tuple[Tensor, Tensor]:
-        kept = _tiles.kept_forward(rows, columns, pairing)
+        kept, top = _tiles.kept_forward(rows, columns, pairing, shift=shift)
         row_total = kept.sum(1)
         column_total = kept.sum(0) if both else row_total.new_empty(0)
         ctx.pairing, ctx.both = pairing, both
         ctx.save_for_backward(rows, columns, kept, row_total, column_total)
-        return row_total.log(), column_total.log()
+        along_rows = row_total.log()
+        return torch.add(along_rows, top, alpha=_tiles.LN2) if shift else along_rows, column_total.log()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, columns, kept, row_total, column_total = ctx.saved_tensors
         if torch.is_grad_enabled():
 
@@ -148,10 +168,12 @@ class _KeptCross(torch.autograd.Function):
                     return (along_rows,)
                 return along_rows, plain_log_sum_exp(columns, rows, ctx.pairing.transposed())
 
-            return *_differentiable_gradient(function, (rows, columns), gradients[: 1 + ctx.both]), None, None  # type: ignore[return-value]
+            return *_differentiable_gradient(function, (rows, columns), gradients[: 1 + ctx.both]), *[
+                None
+            ] * 3
         u = _quotient(gradients[0], row_total)
         v = _quotient(gradients[1], column_total) if ctx.both else None
-        return *_tiles.kept_backward(u, v, rows, columns, kept, ctx.needs_input_grad[:2]), None, None
+        return *_tiles.kept_backward(u, v, rows, columns, kept, ctx.needs_input_grad[:2]), *[None] * 3
 
 
 def _quotient(gradient: Tensor, total: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class TiledForm:
             options, and which inputs need a gradient; returns one gradient an input, empty where none is needed.
         differentiable: number of differentiable inputs.
         keys: number of key tensors.
-        results: for each result, the input that has as many rows.
+        results: for each result, a float64 vector, the input that has as many rows.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TiledForm:
         backward_op = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
 
         def fake(*arguments: Any) -> Any:
-            made = tuple(arguments[i].new_empty(arguments[i].shape[0]) for i in results)
+            made = tuple(arguments[i].new_empty(arguments[i].shape[0], dtype=torch.float64) for i in results)
             return made if len(results) > 1 else made[0]
 
         def fake_backward(*arguments: Any) -> list[Tensor]:
@@ -148,7 +148,7 @@ def _self_log_sum_exp(
 ) -> Tensor:
     pairing = self_pairing(rows, keys, group_size, over)  # type: ignore[arg-type]
     if _tiles.safe(rows, rows, bound):
-        return _tiles.shared_forward(rows, rows, pairing, _pair(tile))[0]
+        return _tiles.shared_forward(rows, rows, pairing, _pair(tile), symmetric=True)[0]
     return _tiles.rows_forward(rows, rows, pairing, _pair(tile))
 
 
@@ -165,7 +165,11 @@ def _self_log_sum_exp_backward(
 ) -> list[Tensor]:
     pairing = self_pairing(rows, keys, group_size, over)  # type: ignore[arg-type]
     if _tiles.safe(rows, rows, bound):
-        return [_tiles.shared_backward(gradient, None, rows, rows, log_sum, None, pairing, _pair(tile))[0]]
+        return [
+            _tiles.shared_backward(
+                gradient, None, rows, rows, log_sum, None, pairing, _pair(tile), symmetric=True
+            )[0]
+        ]
     dx, dy = _tiles.rows_backward(gradient, rows, rows, log_sum, pairing, _pair(tile))
     assert dx is not None
     assert dy is not None
@@ -270,7 +274,7 @@ def _softplus_sum(
     tile: list[int],
 ) -> Tensor:
     pairing = cross_pairing(rows, columns, row_keys, column_keys, row_ids, column_ids, over)  # type: ignore[arg-type]
-    return _tiles.softplus_forward(rows, columns, offset, pairing, _pair(tile))
+    return _tiles.softplus_forward(rows, columns, offset, pairing, _pair(tile)).double()
 
 
 def _softplus_sum_backward(
@@ -288,7 +292,7 @@ def _softplus_sum_backward(
     need: list[bool],
 ) -> list[Tensor]:
     pairing = cross_pairing(rows, columns, row_keys, column_keys, row_ids, column_ids, over)  # type: ignore[arg-type]
-    found = _tiles.softplus_backward(gradient, rows, columns, offset, pairing, _pair(tile))
+    found = _tiles.softplus_backward(gradient.to(rows.dtype), rows, columns, offset, pairing, _pair(tile))
     return [_wanted(g, n) for g, n in zip(found, need, strict=True)]
 
 

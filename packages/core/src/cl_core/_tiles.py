@@ -202,10 +202,13 @@ def view(buffer: Tensor, rows: int, columns: int) -> Tensor:
 def rows_forward(
     x: Tensor, y: Tensor, pairing: Pairing, tile: Tile, log_weight: LogWeight | None = None
 ) -> Tensor:
-    """Row-wise log-sum-exp of x @ y.T over the counting pairs; -inf for a row without any."""
+    """Row-wise log-sum-exp of x @ y.T over the counting pairs, in float64; -inf for a row without any.
+
+    In float64 because the backward subtracts it from logits that may be 1e3 times larger than what is left.
+    """
     walk = _Walk(x, y, pairing, tile)
     lowest = torch.finfo(x.dtype).min
-    result = x.new_empty(len(x))
+    result = x.new_empty(len(x), dtype=torch.float64)
     for r0, r1 in walk.rows():
         top, total = x.new_full((r1 - r0,), -torch.inf), x.new_zeros(r1 - r0)
         for c0, c1 in walk.columns(r0, r1):
@@ -217,7 +220,7 @@ def rows_forward(
             shift = new_top.clamp_min(lowest)  # a row that is -inf so far must not become nan
             total.mul_(torch.exp2(top - shift)).add_(logits.sub_(shift[:, None]).exp2_().sum(1))
             top = new_top
-        result[r0:r1] = (top + total.log2_()) * LN2
+        result[r0:r1] = (top.double() + total.double().log2_()) * LN2
     return result
 
 
@@ -239,7 +242,11 @@ def rows_backward(
     dx = torch.zeros_like(x) if need_x else None
     dy = torch.zeros_like(y) if need_y else None
     # An empty row has log-sum-exp -inf and no gradient: +inf makes its exponentials zero.
-    level = torch.where(log_sum == -torch.inf, torch.inf, log_sum * LOG2E)
+    exact = torch.where(log_sum == -torch.inf, torch.inf, log_sum.double() * LOG2E)
+    level = exact.to(x.dtype)
+    # What rounding the level took from it goes to the gradient, as a factor.
+    rest = torch.where(exact.isinf(), 0, exact - level.double())
+    gradient = (gradient.double() * torch.exp2(-rest)).to(x.dtype)
     for r0, r1 in walk.rows():
         scaled = x[r0:r1] * gradient[r0:r1, None] if need_y else x
         for c0, c1 in walk.columns(r0, r1):
@@ -258,9 +265,13 @@ def rows_backward(
     return dx, dy
 
 
-def shared_forward(x: Tensor, y: Tensor, pairing: Pairing, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of x @ y.T along rows and along columns; with ``y is x`` from the upper triangle alone."""
-    symmetric = y is x
+def shared_forward(
+    x: Tensor, y: Tensor, pairing: Pairing, tile: Tile, *, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of x @ y.T along rows and along columns, in float64.
+
+    ``symmetric`` says that y is x and that the pairing is symmetric: then the upper triangle is enough.
+    """
     walk = _Walk(x, y, pairing, tile)
     row_sum = x.new_zeros(len(x))
     column_sum = row_sum if symmetric else x.new_zeros(len(y))
@@ -270,8 +281,8 @@ def shared_forward(x: Tensor, y: Tensor, pairing: Pairing, tile: Tile) -> tuple[
             row_sum[r0:r1] += exponentials.sum(1)
             if not (symmetric and c0 == r0):
                 column_sum[c0:c1] += exponentials.sum(0)
-    rows = row_sum.log_()
-    return rows, rows if symmetric else column_sum.log_()
+    rows = row_sum.double().log_()
+    return rows, rows if symmetric else column_sum.double().log_()
 
 
 def shared_backward(
@@ -283,16 +294,17 @@ def shared_backward(
     column_log_sum: Tensor | None,
     pairing: Pairing,
     tile: Tile,
+    *,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`shared_forward`: W_ij = E_ij (u_i + v_j) with u, v = gradient / sum; dx = W y, dy = W^T x.
 
-    With ``y is x`` the column arguments are None and both results are the one gradient.
+    If symmetric, the column arguments are None and both results are the one gradient.
     """
-    symmetric = y is x
     walk = _Walk(x, y, pairing, tile)
     scratch = walk.scratch()
-    u = per_sum(row_gradient, row_log_sum)
-    v = u if symmetric else per_sum(column_gradient, column_log_sum)
+    u = _per_sum(row_gradient, row_log_sum, x.dtype)
+    v = u if symmetric else _per_sum(column_gradient, column_log_sum, x.dtype)
     dx = torch.zeros_like(x)
     dy = dx if symmetric else torch.zeros_like(y)
     for r0, r1 in walk.rows():
@@ -306,12 +318,19 @@ def shared_backward(
     return dx, dy
 
 
-def kept_forward(x: Tensor, y: Tensor, pairing: Pairing) -> Tensor:
-    """The whole matrix of unshifted exponentials, for a backward without recomputation."""
-    (n, m) = x.shape[0], y.shape[0]
-    exponentials = x.new_empty(n, m)
-    torch.mm(x * LOG2E, y.t(), out=exponentials).exp2_()
-    return pairing.fill_(exponentials, 0, n, 0, m, 0)
+def kept_forward(x: Tensor, y: Tensor, pairing: Pairing, *, shift: bool) -> tuple[Tensor, Tensor]:
+    """The whole matrix of exponentials for a backward without recomputation, and each row's shift in log 2.
+
+    Unshifted, for logits that are safe, it serves rows and columns; shifted by the row's maximum, its rows alone.
+    """
+    n, m = x.shape[0], y.shape[0]
+    logits = x.new_empty(n, m)
+    torch.mm(x * LOG2E, y.t(), out=logits)
+    if not shift or not m:
+        return pairing.fill_(logits.exp2_(), 0, n, 0, m, 0), x.new_zeros(())
+    pairing.fill_(logits, 0, n, 0, m, -torch.inf)
+    top = logits.amax(1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)
+    return logits.sub_(top).exp2_(), top[:, 0]
 
 
 def kept_backward(
@@ -319,7 +338,7 @@ def kept_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As :func:`shared_backward` from kept exponentials, with u, v = gradient / sum (None: no gradient there).
 
-    With ``y is x`` and u equal to v, W is symmetric and the first result alone is the whole gradient.
+    If the exponentials are symmetric and u equals v, so is W, and the first result alone is the whole gradient.
     """
     panel = default_tile(x.device)[0]
     scratch = x.new_empty(min(panel, x.shape[0]), y.shape[0])
@@ -339,11 +358,11 @@ def kept_backward(
     return dx, dy
 
 
-def per_sum(gradient: Tensor | None, log_sum: Tensor | None) -> Tensor:
+def _per_sum(gradient: Tensor | None, log_sum: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Gradient over sum, from the log-sum; zero where there was nothing to sum."""
     assert gradient is not None
     assert log_sum is not None
-    return torch.where(log_sum == -torch.inf, 0, gradient * torch.exp(-log_sum))
+    return torch.where(log_sum == -torch.inf, 0, gradient.double() * torch.exp(-log_sum)).to(dtype)
 
 
 def softplus_forward(x: Tensor, y: Tensor, offset: Tensor, pairing: Pairing, tile: Tile) -> Tensor:

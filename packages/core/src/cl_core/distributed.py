@@ -7,6 +7,10 @@ row at all on some):
 * the gradient averaged over ranks, as ``DistributedDataParallel`` does it, is the gradient of that loss.
 
 Each rank evaluates its own anchors against the rows of all ranks; the backward of a gather sums over the ranks.
+``reduction="sum"`` therefore returns the world size times the rank's own sum, and ``"none"`` the rank's own values.
+
+All ranks must call a loss, and with inputs that pass its checks: where one rank raises, the others wait in the exchange
+until the timeout of their process group.
 """
 
 from __future__ import annotations
@@ -18,7 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cl_core import _checks
 from cl_core._types import Group
+
+_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,7 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
     """
     if group is None:
         return None
-    if isinstance(group, str) and group != "world":
-        raise ValueError(f"group must be None, 'world' or a process group, got {group!r}.")
+    _checks.group(group)
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             f"group={group!r} needs torch.distributed to be initialised first (init_process_group); pass group=None "
@@ -95,16 +101,24 @@ def shard(rows: Tensor, group: Group) -> Shard:
         group: None, "world" or a process group.
 
     Raises:
-        ValueError: if no rank holds any row.
+        ValueError: on all ranks, if none holds any row, or their widths or dtypes differ.
     """
     found = resolve(group)
     if found is None:
         result = Shard(None, (rows.shape[0],), 0)
     else:
-        own = torch.tensor([rows.shape[0]], device=rows.device)
-        counts = own.new_empty(dist.get_world_size(found))
-        dist.all_gather_into_tensor(counts, own, group=found)
-        result = Shard(found, tuple(counts.tolist()), dist.get_rank(found))
+        # Width and dtype go along, so that all ranks refuse a mismatch that would break the exchange of the rows.
+        width = rows.shape[1] if rows.ndim > 1 else 1
+        own = torch.tensor([rows.shape[0], width, _DTYPES.index(rows.dtype)], device=rows.device)
+        gathered = own.new_empty(3 * dist.get_world_size(found))
+        dist.all_gather_into_tensor(gathered, own, group=found)
+        counts, widths, dtypes = gathered.view(-1, 3).t().tolist()
+        if len(set(widths)) > 1 or len(set(dtypes)) > 1:
+            names = [str(_DTYPES[index]).removeprefix("torch.") for index in dtypes]
+            raise ValueError(
+                f"rows must have one width and dtype on all ranks, got {list(zip(widths, names, strict=True))}."
+            )
+        result = Shard(found, tuple(counts), dist.get_rank(found))
     if result.total == 0:
         raise ValueError("the batch must have at least 1 row on some rank, got none on any.")
     return result

@@ -53,6 +53,9 @@ def scaled_rows(
 
     Cost: O(N D).
     """
+    _checks.flag("normalize", normalize)
+    if not isinstance(scale, Tensor):
+        _checks.positive("scale", scale)
     eps = _SHORT.get(source or z.dtype, _SHORTEST)
     z = at_least_float32(z)
     factor = scale if not isinstance(scale, Tensor) else 1.0
@@ -96,17 +99,17 @@ def self_log_sum_exp(
 
     Cost: O(N^2 D) time: half of the matrix forward, the same half twice backward; O(N D) memory if tiled.
     """
-    _checks.impl(impl)
+    _check(rows, rows, impl, tile, group_size, row_keys=(keys, "keys", 0))
     _checks.choice("over", over, ("different", "same"))
     if _fits(rows, rows, impl):
         pairing = _ops.self_pairing(rows, keys, group_size, over, ordered=False)
-        return _dense.log_sum_exp(rows, rows, pairing, bound, both=False)[0]
+        return _dense.log_sum_exp(rows, rows, pairing, bound, symmetric=True)[0]
     tile = tile or _tiles.default_tile(rows.device)
     if keys is None:
-        return _ops.self_log_sum_exp(rows, None, group_size, over, bound, list(tile))  # type: ignore[no-any-return]
+        return _ops.self_log_sum_exp(rows, None, group_size, over, bound, list(tile)).to(rows.dtype)  # type: ignore[no-any-return]
     keys, order = keys.sort(stable=True)
     result = _ops.self_log_sum_exp(rows.index_select(0, order), keys, 1, over, bound, list(tile))
-    return torch.empty_like(result).index_copy(0, order, result)
+    return _unsorted(result, order, rows.dtype)
 
 
 def cross_log_sum_exp(
@@ -148,12 +151,10 @@ def cross_log_sum_exp(
 
     Cost: O(N M D) time; O((N + M) D) memory if tiled.
     """
-    _checks.impl(impl)
-    _checks.choice("over", over, ("all", "different", "same"))
-    if (row_keys is None) != (column_keys is None):
-        raise ValueError("row_keys and column_keys must be given together, got only one of them.")
+    _check_pairs(rows, columns, impl, tile, group_size, over, row_keys, column_keys, row_ids, column_ids)
     tile = tile or _tiles.default_tile(rows.device)
     if log_weight is not None:
+        _check_owner(log_weight, rows, weight_inputs)
         pairing = _ops.cross_pairing(
             rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size, False
         )
@@ -163,14 +164,15 @@ def cross_log_sum_exp(
         parameters = list(log_weight.parameters()) if isinstance(log_weight, torch.nn.Module) else []
         return _ops.WeightedRows.apply(  # type: ignore[no-any-return]
             rows, columns, log_weight, pairing, tile, len(weight_inputs), *weight_inputs, *parameters
-        )
+        ).to(rows.dtype)
     if _fits(rows, columns, impl):
         pairing = _ops.cross_pairing(
             rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size, False
         )
-        return _dense.log_sum_exp(rows, columns, pairing, None, both=False)[0]
+        return _dense.log_sum_exp(rows, columns, pairing, None)[0]
     if row_keys is None or column_keys is None:
-        return _ops.rows_log_sum_exp(rows, columns, None, None, None, None, group_size, over, list(tile))  # type: ignore[no-any-return]
+        result = _ops.rows_log_sum_exp(rows, columns, None, None, None, None, group_size, over, list(tile))
+        return result.to(rows.dtype)  # type: ignore[no-any-return]
     row_keys, row_order = row_keys.sort(stable=True)
     column_keys, column_order = column_keys.sort(stable=True)
     if row_ids is not None and column_ids is not None:
@@ -178,7 +180,7 @@ def cross_log_sum_exp(
     rows, columns = rows.index_select(0, row_order), columns.index_select(0, column_order)
     numbers = (row_keys, column_keys, row_ids, column_ids)
     result = _ops.rows_log_sum_exp(rows, columns, *numbers, 1, over, list(tile))
-    return torch.empty_like(result).index_copy(0, row_order, result)
+    return _unsorted(result, row_order, rows.dtype)
 
 
 def paired_log_sum_exp(
@@ -207,13 +209,14 @@ def paired_log_sum_exp(
 
     Cost: O(N M D) time: the matrix once forward, three times backward; O((N + M) D) memory if tiled.
     """
-    _checks.impl(impl)
+    _check(rows, columns, impl, tile)
     _checks.choice("over", over, ("all", "different"))
     if _fits(rows, columns, impl):
         pairing = Pairing(over, len(rows), len(columns), device=rows.device)
         return _dense.log_sum_exp(rows, columns, pairing, bound, both=True)
     tile = tile or _tiles.default_tile(rows.device)
-    return _ops.paired_log_sum_exp(rows, columns, over, bound, list(tile))  # type: ignore[no-any-return]
+    along_rows, along_columns = _ops.paired_log_sum_exp(rows, columns, over, bound, list(tile))
+    return along_rows.to(rows.dtype), along_columns.to(rows.dtype)
 
 
 def softmax_mean(rows: Tensor, columns: Tensor, *, tile: tuple[int, int] | None = None) -> Tensor:
@@ -274,10 +277,10 @@ def softplus_sum(
     Cost: O(N M D) time (with sorted keys and ``over="same"`` only the blocks of equal keys); O((N + M) D) memory if
     tiled.
     """
-    _checks.impl(impl)
-    _checks.choice("over", over, ("all", "different", "same"))
-    if (row_keys is None) != (column_keys is None):
-        raise ValueError("row_keys and column_keys must be given together, got only one of them.")
+    _check_pairs(rows, columns, impl, tile, 1, over, row_keys, column_keys, row_ids, column_ids)
+    if tuple(offset.shape) != (rows.shape[0],) or offset.dtype != rows.dtype:
+        came = f"{tuple(offset.shape)}, {offset.dtype}"
+        raise ValueError(f"offset must have shape ({rows.shape[0]},) and the dtype of rows, got {came}.")
     if _fits(rows, columns, impl):
         pairing = _ops.cross_pairing(
             rows, columns, row_keys, column_keys, row_ids, column_ids, over, 1, False
@@ -287,14 +290,93 @@ def softplus_sum(
         return torch.nn.functional.softplus(margin, threshold=60).sum(1)
     options = [over, list(tile or _tiles.default_tile(rows.device))]
     if row_keys is None or column_keys is None:
-        return _ops.softplus_sum(rows, columns, offset, None, None, None, None, *options)  # type: ignore[no-any-return]
+        total = _ops.softplus_sum(rows, columns, offset, None, None, None, None, *options)
+        return total.to(rows.dtype)  # type: ignore[no-any-return]
     row_keys, row_order = row_keys.sort(stable=True)
     column_keys, column_order = column_keys.sort(stable=True)
     if row_ids is not None and column_ids is not None:
         row_ids, column_ids = row_ids[row_order], column_ids[column_order]
     rows, columns, offset = rows[row_order], columns[column_order], offset[row_order]
     result = _ops.softplus_sum(rows, columns, offset, row_keys, column_keys, row_ids, column_ids, *options)
-    return torch.empty_like(result).index_copy(0, row_order, result)
+    return _unsorted(result, row_order, rows.dtype)
+
+
+def _check(
+    rows: Tensor,
+    columns: Tensor,
+    impl: Impl,
+    tile: tuple[int, int] | None,
+    group_size: int = 1,
+    **numbers: tuple[Tensor | None, str, int],
+) -> None:
+    """Refuse operands that do not fit; ``numbers`` are integer vectors, their names, and 0 for rows, 1 for columns."""
+    _checks.impl(impl)
+    _checks.count("group_size", group_size)
+    for size in tile or ():
+        _checks.count("tile", size)
+    for name, matrix in (("rows", rows), ("columns", columns)):
+        if matrix.ndim != 2 or matrix.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} must be float32 or float64 of shape (N, D), got {matrix.dtype} of {tuple(matrix.shape)}."
+            )
+    if columns is not rows:
+        _checks.same_width(rows=rows, columns=columns)
+    for vector, name, side in numbers.values():
+        if vector is not None:
+            matrix = (rows, columns)[side]
+            of = ("rows", "columns")[side]
+            _checks.labels(name, vector, rows=matrix.shape[0], of=of, device=matrix.device)
+
+
+def _check_pairs(
+    rows: Tensor,
+    columns: Tensor,
+    impl: Impl,
+    tile: tuple[int, int] | None,
+    group_size: int,
+    over: Over,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+) -> None:
+    """Refuse keys and ids that do not belong together."""
+    _check(
+        rows,
+        columns,
+        impl,
+        tile,
+        group_size,
+        row_keys=(row_keys, "row_keys", 0),
+        column_keys=(column_keys, "column_keys", 1),
+        row_ids=(row_ids, "row_ids", 0),
+        column_ids=(column_ids, "column_ids", 1),
+    )
+    _checks.choice("over", over, ("all", "different", "same"))
+    for kind, one, other in (("keys", row_keys, column_keys), ("ids", row_ids, column_ids)):
+        if (one is None) != (other is None):
+            raise ValueError(f"row_{kind} and column_{kind} must be given together, got only one of them.")
+    if row_ids is not None and row_keys is None:
+        raise ValueError(
+            "row_ids must come with row_keys, got them without: ids tell rows of equal key apart."
+        )
+
+
+def _check_owner(log_weight: LogWeight, rows: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Refuse a weight function that holds what wants a gradient: tile by tile it would get none."""
+    if isinstance(log_weight, torch.nn.Module) or not torch.is_grad_enabled() or not rows.shape[0]:
+        return
+    first = torch.zeros(1, dtype=torch.int64, device=rows.device)
+    if log_weight(first, first, *(t.detach() for t in inputs)).requires_grad:
+        raise ValueError(
+            "log_weight must be a module, or take what wants a gradient as weight_inputs, got a function that holds "
+            "such a tensor itself."
+        )
+
+
+def _unsorted(result: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of sorted rows in the order before, in the dtype of the rows."""
+    return torch.empty_like(result).index_copy(0, order, result).to(dtype)
 
 
 def at_least_float32(z: Tensor) -> Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from cl_core import _checks
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[Any], None]] = {
     "temperature": lambda value: _checks.positive("temperature", value),
     "reduction": _checks.reduction,
     "impl": _checks.impl,
+    "group": _checks.group,
+    "normalize": lambda value: _checks.flag("normalize", value),
+    "symmetric": lambda value: _checks.flag("symmetric", value),
+    "detach_weight": lambda value: _checks.flag("detach_weight", value),
 }
 
 

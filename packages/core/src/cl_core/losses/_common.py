@@ -198,12 +198,16 @@ def check_rows(group: Group, **tensors: Tensor) -> None:
 
 def root_scale(temperature: float | Tensor) -> float | Tensor:
     """Factor for both sides of a product whose logits are to be divided by the temperature."""
-    return temperature.rsqrt() if isinstance(temperature, Tensor) else temperature**-0.5
+    if isinstance(temperature, Tensor):
+        return similarity.at_least_float32(temperature).rsqrt()
+    return float(temperature**-0.5)
 
 
 def inverse(temperature: float | Tensor) -> float | Tensor:
     """Factor for one side of a product whose logits are to be divided by the temperature."""
-    return temperature.reciprocal() if isinstance(temperature, Tensor) else 1 / temperature
+    if isinstance(temperature, Tensor):
+        return similarity.at_least_float32(temperature).reciprocal()
+    return 1 / temperature
 
 
 def reduce_pairs(values: Tensor, reduction: Reduction, split: Shard) -> Tensor:

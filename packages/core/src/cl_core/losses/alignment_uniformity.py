@@ -74,6 +74,7 @@ def uniformity_loss(
         normalize: scale rows to unit length first. False takes the rows as they are: a Gaussian kernel between any
             rows, in twice the time.
         group: process group whose other rows take part; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:

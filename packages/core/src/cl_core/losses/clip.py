@@ -42,6 +42,7 @@ def clip_loss(
         normalize: scale rows to unit length first.
         reduction: "mean" over the 2N anchors, "sum", or "none" for shape (2N,), images first.
         group: process group whose other rows serve as negatives; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:
@@ -95,6 +96,7 @@ def siglip_loss(
         normalize: scale rows to unit length first.
         reduction: "mean" over the N images (not over the N^2 pairs, as the authors do), "sum", or "none" for (N,).
         group: process group whose other texts serve as negatives; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:
@@ -108,8 +110,7 @@ def siglip_loss(
     """
     _checks.reduction(reduction)
     _checks.positive("logit_scale", logit_scale)
-    if not isinstance(logit_bias, Tensor):
-        _checks.number("logit_bias", logit_bias)
+    _checks.scalar("logit_bias", logit_bias)
     _checks.impl(impl)
     check_rows(group, image=image, text=text)
     _checks.same_shape(image=image, text=text)
@@ -134,7 +135,7 @@ def siglip_loss(
 class CLIPLoss(TwoViewLoss):
     """Module form of :func:`clip_loss` with its learnable scale.
 
-    The scale is kept as its logarithm, the parameter ``log_scale``, and never exceeds ``max_scale``.
+    The scale is kept as its logarithm, the parameter ``log_scale``, and brought back to ``max_scale`` before each use.
 
     Args:
         logit_scale: the scale to start from.
@@ -164,10 +165,11 @@ class CLIPLoss(TwoViewLoss):
     @property
     def logit_scale(self) -> Tensor:
         """The scale as it stands."""
-        return _capped(self.log_scale, self.max_scale)
+        return self.log_scale.exp()
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """Loss of images and texts, each of shape (N, D)."""
+        _cap_(self.log_scale, self.hyperparameters()["max_scale"])
         return clip_loss(image, text, logit_scale=self.logit_scale, **_without_max(self.hyperparameters()))
 
 
@@ -206,10 +208,11 @@ class SigLIPLoss(TwoViewLoss):
     @property
     def logit_scale(self) -> Tensor:
         """The scale as it stands."""
-        return _capped(self.log_scale, self.max_scale)
+        return self.log_scale.exp()
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """Loss of images and texts, each of shape (N, D)."""
+        _cap_(self.log_scale, self.hyperparameters()["max_scale"])
         options = _without_max(self.hyperparameters())
         return siglip_loss(image, text, logit_scale=self.logit_scale, logit_bias=self.logit_bias, **options)
 
@@ -221,8 +224,10 @@ def _check_scales(logit_scale: float, max_scale: float) -> None:
         raise ValueError(f"logit_scale must not exceed max_scale, got {logit_scale} and {max_scale}.")
 
 
-def _capped(log_scale: Tensor, largest: Any) -> Tensor:
-    return log_scale.exp().clamp(max=largest)
+@torch.no_grad()
+def _cap_(log_scale: Tensor, largest: float) -> None:
+    """Keep the parameter itself below the cap: capping the scale would leave it without a gradient to come back by."""
+    log_scale.clamp_(max=math.log(largest))
 
 
 def _without_max(options: dict[str, Any]) -> dict[str, Any]:

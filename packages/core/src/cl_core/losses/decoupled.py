@@ -12,6 +12,7 @@ from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard
 from cl_core.losses._base import TwoViewLoss
 from cl_core.losses._common import PairTerms, pair_terms, queue_terms, reduce_pairs, view_terms
+from cl_core.similarity import at_least_float32
 
 Negatives: TypeAlias = Tensor | Literal["both", "cross"]
 """Which rows an anchor is compared with: a queue (K, D), both views of all others, or their other view only."""
@@ -47,6 +48,7 @@ def dcl_loss(
         normalize: scale rows to unit length first.
         reduction: "mean" over the 2N anchors (N with a queue), "sum", or "none" for one value an anchor, view 1 first.
         group: process group whose other rows serve as negatives; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:
@@ -112,9 +114,12 @@ def dclw_loss(
     """
     _checks.reduction(reduction)
     _checks.positive("sigma", sigma)
+    _checks.flag("detach_weight", detach_weight)
     positives, log_negatives, split = _terms(
         z1, z2, negatives, "dclw_loss", temperature=temperature, normalize=normalize, group=group, impl=impl
     )
+    if isinstance(temperature, Tensor):
+        temperature = at_least_float32(temperature)
     similarities = (positives * temperature).flatten()
     weight = _hardness(similarities.detach() if detach_weight else similarities, sigma, split)
     return reduce_pairs(log_negatives - weight.view_as(positives) * positives, reduction, split)

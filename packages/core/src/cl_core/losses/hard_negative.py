@@ -11,7 +11,7 @@ from torch import Tensor
 from cl_core import _checks
 from cl_core._types import Group, Impl, Reduction
 from cl_core.losses._base import TwoViewLoss
-from cl_core.losses._common import reduce_views, view_terms
+from cl_core.losses._common import inverse, reduce_views, view_terms
 
 
 def hard_negative_nce_loss(
@@ -45,6 +45,7 @@ def hard_negative_nce_loss(
         normalize: scale rows to unit length first; the floor M e^{-1/T} assumes unit rows.
         reduction: "mean" over the 2N anchors, "sum", or "none" for shape (2N,), view 1 first.
         group: process group whose other rows serve as negatives; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:
@@ -57,10 +58,7 @@ def hard_negative_nce_loss(
     Reference: Robinson et al., "Contrastive Learning with Hard Negative Samples", ICLR 2021, arXiv 2010.04592.
     """
     _checks.reduction(reduction)
-    _checks.number("beta", beta, at_least=0)
-    _checks.number("tau_plus", tau_plus)
-    if not 0 <= tau_plus < 1:
-        raise ValueError(f"tau_plus must be in [0, 1), got {tau_plus}.")
+    _check_numbers(beta, tau_plus)
     terms = view_terms((z1, z2), temperature=temperature, normalize=normalize, group=group, impl=impl)
     positives = terms.positives()
     count = 2 * (terms.shard.total - 1)
@@ -71,7 +69,7 @@ def hard_negative_nce_loss(
     false_negatives = positives + log_count + (math.log(tau_plus) if tau_plus else -math.inf)
     log_negatives = _log_difference(weighted, false_negatives) - math.log1p(-tau_plus)
     floor = torch.as_tensor(
-        log_count - 1 / temperature, dtype=log_negatives.dtype, device=log_negatives.device
+        log_count - inverse(temperature), dtype=log_negatives.dtype, device=log_negatives.device
     )
     values = F.softplus(torch.maximum(log_negatives, floor) - positives, threshold=60)
     return reduce_views(values, reduction, terms.shard)
@@ -102,6 +100,7 @@ def debiased_nce_loss(
         normalize: scale rows to unit length first.
         reduction: as in :func:`hard_negative_nce_loss`.
         group: process group whose other rows serve as negatives; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:
@@ -124,6 +123,13 @@ def debiased_nce_loss(
         group=group,
         impl=impl,
     )
+
+
+def _check_numbers(beta: float, tau_plus: float) -> None:
+    _checks.number("beta", beta, at_least=0)
+    _checks.number("tau_plus", tau_plus)
+    if not 0 <= tau_plus < 1:
+        raise ValueError(f"tau_plus must be in [0, 1), got {tau_plus}.")
 
 
 def _log_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -158,6 +164,7 @@ class HardNegativeNCELoss(TwoViewLoss):
         group: Group = None,
         impl: Impl = "auto",
     ) -> None:
+        _check_numbers(beta, tau_plus)
         super().__init__(
             temperature=temperature,
             beta=beta,
@@ -195,6 +202,7 @@ class DebiasedNCELoss(TwoViewLoss):
         group: Group = None,
         impl: Impl = "auto",
     ) -> None:
+        _check_numbers(0.0, tau_plus)
         super().__init__(
             temperature=temperature,
             tau_plus=tau_plus,

@@ -44,6 +44,7 @@ def info_nce_loss(
         normalize: scale rows to unit length first.
         reduction: "mean" over the anchors, "sum", or "none" for shape (N,); symmetric (2N,), queries first.
         group: process group whose other rows serve as negatives; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:
@@ -58,6 +59,9 @@ def info_nce_loss(
     He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020, arXiv 1911.05722.
     """
     _checks.reduction(reduction)
+    _checks.flag("symmetric", symmetric)
+    if in_batch is not None:
+        _checks.flag("in_batch", in_batch)
     options = {"temperature": temperature, "normalize": normalize, "group": group, "impl": impl}
     names = ("query", "key")
     if negatives is None:
@@ -98,6 +102,8 @@ class InfoNCELoss(QueryKeyLoss):
         group: Group = None,
         impl: Impl = "auto",
     ) -> None:
+        if in_batch is not None:
+            _checks.flag("in_batch", in_batch)
         super().__init__(
             temperature=temperature,
             symmetric=symmetric,

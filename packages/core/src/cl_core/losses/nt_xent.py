@@ -41,6 +41,7 @@ def nt_xent_loss(
         normalize: scale rows to unit length first.
         reduction: "mean" over the V N anchors, "sum", or "none" for shape (V N,), view 1 first.
         group: process group whose other rows serve as negatives; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:
@@ -62,13 +63,15 @@ def nt_xent_loss(
 
 def as_views(z1: Tensor | Sequence[Tensor], z2: Tensor | None) -> Sequence[Tensor]:
     """The views as a sequence, however they were passed."""
-    if isinstance(z1, Tensor):
-        if z2 is None:
-            raise ValueError("z2 must be given with z1, got None; several views go in as one sequence.")
-        return z1, z2
-    if z2 is not None or len(z1) < 2:
-        raise ValueError(f"a sequence of views must hold at least 2 and comes without z2, got {len(z1)}.")
-    return z1
+    if isinstance(z1, list | tuple):
+        if z2 is not None or len(z1) < 2:
+            raise ValueError(f"a sequence of views must hold at least 2 and comes without z2, got {len(z1)}.")
+        return z1
+    if not isinstance(z1, Tensor):
+        raise TypeError(f"z1 must be a tensor of shape (N, D) or a list of views, got {type(z1).__name__}.")
+    if z2 is None:
+        raise ValueError("z2 must be given with z1, got None; several views go in as one list.")
+    return z1, z2
 
 
 class NTXentLoss(TwoViewLoss):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_core import _checks, _ring, similarity
-from cl_core._tiles import Over
+from cl_core._tiles import Over, panels
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 from cl_core.losses._base import LabelledLoss
@@ -18,6 +18,8 @@ from cl_core.losses._common import check_rows, inverse, reduce, root_scale
 
 Form: TypeAlias = Literal["out", "in", "pair"]
 """Where the positives stand: outside the logarithm, inside it, or each pair on its own."""
+
+_ROWS_AT_A_TIME = 2048
 
 
 def sup_con_loss(
@@ -57,6 +59,7 @@ def sup_con_loss(
         reduction: "mean" over the anchors with a positive ("pair": over the positive pairs), "sum", or "none" for
             shape (N,), zero for anchors without a positive ("pair": an anchor's sum over its pairs).
         group: process group whose other rows are compared with; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:
@@ -146,10 +149,10 @@ class _Comparison:
 
     def positive_sum(self) -> Tensor:
         """Sum of an anchor's logits with its positives: one product with the sum of its class."""
-        sums = self.columns.new_zeros(self.classes, self.columns.shape[1])
-        sums = self._over_ranks(sums.index_add(0, self.column_labels, self.columns))
-        total = similarity.row_products(self.rows, sums.index_select(0, self.row_labels))
-        return total if self.ids is None else total - similarity.row_products(self.rows, self.rows)
+        labels = (self.row_labels, self.column_labels)
+        own, split = self.ids is not None, self.split if self._spread else None
+        form = _plain_class_products if torch.compiler.is_compiling() else _ClassProducts.apply
+        return form(self.rows, self.columns, *labels, self.classes, own, split)
 
     @property
     def _spread(self) -> bool:
@@ -192,25 +195,99 @@ def _compare(
         columns = similarity.scaled_rows(ref, normalize=normalize)
         return _Comparison(rows, columns, numbers[:count], numbers[count:], None, classes, split, bound, impl)
     rows = similarity.scaled_rows(z, scale=root_scale(temperature), normalize=normalize)
-    numbers, classes = _renumbered(split.gather(labels))
+    numbers, classes = _renumbered(split.gather(labels), count_them=split.group is not None)
     own = numbers[split.offset : split.offset + count]
     ids = torch.arange(split.offset, split.offset + count, device=rows.device)
     return _Comparison(rows, rows, own, own, ids, classes, split, bound, impl)
 
 
-def _renumbered(labels: Tensor) -> tuple[Tensor, int]:
+def _renumbered(labels: Tensor, *, count_them: bool = False) -> tuple[Tensor, int]:
     """Labels as 0, 1, ... in ascending order, and how many there are, or an upper bound.
 
-    All shapes are independent of the values; counting would break a graph, or stall an accelerator.
+    All shapes are independent of the values; counting would break a graph, or stall an accelerator that is not waiting
+    for other ranks anyway.
     """
     ordered, order = labels.sort()
     steps = torch.zeros_like(ordered)
     steps[1:] = ordered[1:] != ordered[:-1]
     numbers = steps.cumsum(0)
     count = len(labels)
-    if count and not torch.compiler.is_compiling() and labels.device.type == "cpu":
+    if count and not torch.compiler.is_compiling() and (count_them or labels.device.type == "cpu"):
         count = int(numbers[-1]) + 1
     return torch.empty_like(labels).index_copy(0, order, numbers), count
+
+
+def _plain_class_products(
+    rows: Tensor,
+    columns: Tensor,
+    row_labels: Tensor,
+    column_labels: Tensor,
+    classes: int,
+    own: bool,
+    split: Shard | None,
+) -> Tensor:
+    """rows_i . (sum of the columns of i's label), less rows_i . rows_i where that is one of them."""
+    wide = rows.double()
+    sums = wide.new_zeros(classes, rows.shape[1]).index_add(0, column_labels, columns.double())
+    sums = sums if split is None else split.sum(sums)
+    total = similarity.row_products(wide, sums.index_select(0, row_labels))
+    return (total - similarity.row_products(wide, wide) if own else total).to(rows.dtype)
+
+
+class _ClassProducts(torch.autograd.Function):
+    """The same with sums in float64, taken some rows at a time: a class and its own row nearly cancel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        row_labels: Tensor,
+        column_labels: Tensor,
+        classes: int,
+        own: bool,
+        split: Shard | None,
+    ) -> Tensor:
+        sums = rows.new_zeros(classes, rows.shape[1], dtype=torch.float64)
+        for part in _parts(columns):
+            sums.index_add_(0, column_labels[part], columns[part].double())
+        sums = sums if split is None else split.sum(sums)
+        result = rows.new_empty(len(rows))
+        for part in _parts(rows):
+            wide = rows[part].double()
+            rest = sums[row_labels[part]] - wide if own else sums[row_labels[part]]
+            result[part] = similarity.row_products(wide, rest).to(rows.dtype)
+        ctx.options = classes, own, split
+        ctx.save_for_backward(rows, columns, row_labels, column_labels, sums)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns, row_labels, column_labels, sums = ctx.saved_tensors
+        _, own, split = ctx.options
+        if torch.is_grad_enabled():
+            wanted = [t for t in (rows, columns) if t.requires_grad]
+            value = _plain_class_products(rows, columns, row_labels, column_labels, *ctx.options)
+            found = iter(torch.autograd.grad(value, wanted, gradient, create_graph=True, allow_unused=True))
+            return *(next(found) if t.requires_grad else None for t in (rows, columns)), *[None] * 5
+        weighted = torch.zeros_like(sums)
+        for part in _parts(rows):
+            weighted.index_add_(0, row_labels[part], gradient[part, None] * rows[part].double())
+        weighted = weighted if split is None else split.sum(weighted)
+        of_rows = torch.empty_like(rows)
+        for part in _parts(rows):
+            rest = sums[row_labels[part]]
+            rest = rest - 2 * rows[part].double() if own else rest
+            of_rows[part] = (gradient[part, None] * rest).to(rows.dtype)
+        of_columns = torch.empty_like(columns) if ctx.needs_input_grad[1] else None
+        if of_columns is not None:
+            for part in _parts(columns):
+                of_columns[part] = weighted[column_labels[part]].to(columns.dtype)
+        return of_rows, of_columns, *[None] * 5
+
+
+def _parts(rows: Tensor) -> list[slice]:
+    return [slice(start, stop) for start, stop in panels(0, len(rows), _ROWS_AT_A_TIME)]
 
 
 class SupConLoss(LabelledLoss):

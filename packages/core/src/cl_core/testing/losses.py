@@ -3,7 +3,8 @@
     from cl_core.testing import check_loss
     check_loss(MyLoss)                       # all checks that apply; AssertionError names the first that fails
 
-or, to see each check as a test of its own, parametrise over :func:`loss_checks`. What a loss is called with follows
+or, to see each check as a test of its own, parametrise over :func:`loss_checks`. They tell what every loss must be, not
+which loss it is: compare values with a formula or stored results as well. What a loss is called with follows
 from its base class (:class:`~cl_core.losses.TwoViewLoss`, ...); checks that need an option (``reduction``, ``impl``,
 ``group``, ``temperature``, ``normalize``) apply to losses that have it.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -55,7 +57,7 @@ def check_loss(loss: LossClass, *, ranks: Ranks | None = None, exclude: tuple[st
         if name not in exclude:
             try:
                 CHECKS[name](loss)
-            except AssertionError as error:
+            except Exception as error:
                 raise AssertionError(f"{loss.__name__} fails {name}: {error}") from error
     if ranks is not None and "group" in options(loss):
         for world_size in _SPLITS:
@@ -351,6 +353,9 @@ def _copies_pickles_and_shows_itself(loss: LossClass) -> None:
     module, given = loss(), inputs(loss)
     reference = module(*given)
     assert torch.equal(copy.deepcopy(module)(*given), reference)
+    assert torch.equal(
+        pickle.loads(pickle.dumps(module))(*given), reference
+    )  # our own bytes, as a DataLoader sends
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     buffer.seek(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import multiprocessing
+import multiprocessing.connection
 import sys
 import tempfile
 import traceback
@@ -32,7 +33,7 @@ class Ranks:
 
     Args:
         size: number of processes, the largest world size.
-        timeout: seconds after which a call that has not returned everywhere is given up and the pool is killed.
+        timeout: seconds after which a call that has not returned anywhere is given up.
     """
 
     def __init__(self, size: int = 4, *, timeout: float = 120.0) -> None:
@@ -57,40 +58,54 @@ class Ranks:
 
     def __exit__(self, *_: object) -> None:
         for connection in self._connections:
-            if not connection.closed:
-                connection.close()
+            connection.close()
         for process in self._processes:
-            process.join(5)
+            process.join(0.2)
             process.kill()
+            process.join()
         self._folder.cleanup()
+        self._connections, self._processes = [], []
 
     def run(self, function: Callable[..., Any], *args: Any, world_size: int = 2) -> list[Any]:
         """Call ``function(group, *args)`` on ranks 0 to world_size - 1 and return their results in rank order.
 
         Raises:
-            RuntimeError: with the traceback of the first rank that failed, or if a rank died or did not return.
+            RuntimeError: with the traceback of the first rank that failed; or if a rank died or none returned.
         """
         if not 1 <= world_size <= self.size:
             raise ValueError(f"world_size must be between 1 and {self.size}, got {world_size}.")
+        if not self._connections:
+            raise RuntimeError("Ranks runs inside its context only: with Ranks(4) as ranks: ranks.run(...).")
         file = getattr(sys.modules.get(function.__module__), "__file__", None)
         for connection in self._connections[:world_size]:
             connection.send((function.__module__, file, function.__qualname__, args, world_size))
-        answers = []
-        for rank, connection in enumerate(self._connections[:world_size]):
-            try:
-                answered = connection.poll(self.timeout)
-                answers.append(connection.recv() if answered else None)
-            except EOFError:
-                answered = False
-            if not answered:
-                self.__exit__()
-                raise RuntimeError(
-                    f"rank {rank} of {world_size} died or took over {self.timeout} s in {function}."
-                )
-        for rank, (worked, result) in enumerate(answers):  # type: ignore[misc]
-            if not worked:
-                raise RuntimeError(f"rank {rank} of {world_size} failed:\n{result}")
-        return [result for _, result in answers]  # type: ignore[misc]
+        return self._answers(world_size, function)
+
+    def _answers(self, world_size: int, function: Callable[..., Any]) -> list[Any]:
+        """Results in rank order; the first failure is raised, whatever the others still wait for."""
+        results: dict[int, Any] = {}
+        waiting = {connection: rank for rank, connection in enumerate(self._connections[:world_size])}
+        while waiting:
+            ready: list[Any] = multiprocessing.connection.wait(list(waiting), self.timeout)
+            failure = (
+                None if ready else f"no answer from ranks {sorted(waiting.values())} for {self.timeout} s"
+            )
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    worked, results[rank] = connection.recv()
+                except EOFError:
+                    worked, results[rank] = False, "it died"
+                if not worked:
+                    failure = (
+                        f"rank {rank} of {world_size} failed in {function.__qualname__}:\n{results[rank]}"
+                    )
+            if failure is not None:
+                if waiting:  # they may wait for each other: begin anew
+                    self.__exit__()
+                    self.__enter__()
+                raise RuntimeError(failure)
+        return [results[rank] for rank in range(world_size)]
 
 
 def _serve(connection: Connection, rank: int, size: int, rendezvous: str) -> None:
