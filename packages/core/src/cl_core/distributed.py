@@ -25,7 +25,10 @@ from torch import Tensor
 from cl_core import _checks
 from cl_core._types import Group
 
-_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+_DTYPES = [
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+]
 
 
 @dataclass(frozen=True)
