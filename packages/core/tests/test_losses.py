@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl_core import plugins
+from cl_core import functional, losses, plugins
 from cl_core.testing import check_group, loss_checks
 from cl_core.testing.losses import CHECKS, inputs, options
 
@@ -60,3 +60,16 @@ def test_group_contract_when_the_weight_is_differentiated(ranks):
 def test_gradient_through_the_weight_is_the_derivative(impl):
     loss = LOSSES["DCLWLoss"]
     torch.autograd.gradcheck(loss(detach_weight=False, impl=impl), inputs(loss, rows=6, width=3))
+
+
+def test_modules_take_what_their_functions_take():
+    z1, z2, z3, queue = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(6) % 2
+    views = [z1, z2, z3]
+    assert torch.equal(losses.NTXentLoss(0.2)(views), functional.nt_xent_loss(views, temperature=0.2))
+    for module, function in ((losses.DCLLoss, functional.dcl_loss), (losses.DCLWLoss, functional.dclw_loss)):
+        assert torch.equal(module(0.2)(z1, z2, queue), function(z1, z2, negatives=queue, temperature=0.2))
+    memory = losses.SupConLoss(0.2)(z1, labels, queue, labels)
+    assert torch.equal(
+        memory, functional.sup_con_loss(z1, labels, ref=queue, ref_labels=labels, temperature=0.2)
+    )

@@ -153,7 +153,7 @@ class DCLLoss(TwoViewLoss):
 
     Args:
         temperature: T > 0.
-        negatives: "both" views of the other samples, or "cross"; a queue goes to the function.
+        negatives: "both" views of the other samples, or "cross"; a queue is passed with the views.
         normalize: scale rows to unit length first.
         reduction: "mean", "sum" or "none".
         group: process group whose other rows serve as negatives: None, "world" or a process group.
@@ -180,9 +180,10 @@ class DCLLoss(TwoViewLoss):
             impl=impl,
         )
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Loss of two views, each of shape (N, D)."""
-        return dcl_loss(z1, z2, **self.hyperparameters())
+    def forward(self, z1: Tensor, z2: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """Loss of two views, each of shape (N, D); with a queue (K, D) its rows are the negatives."""
+        options = self.hyperparameters() | ({} if negatives is None else {"negatives": negatives})
+        return dcl_loss(z1, z2, **options)
 
 
 class DCLWLoss(TwoViewLoss):
@@ -192,7 +193,7 @@ class DCLWLoss(TwoViewLoss):
         temperature: T > 0.
         sigma: width of the weighting > 0.
         detach_weight: treat the weights as constants.
-        negatives: "both" views of the other samples, or "cross"; a queue goes to the function.
+        negatives: "both" views of the other samples, or "cross"; a queue is passed with the views.
         normalize: scale rows to unit length first.
         reduction: "mean", "sum" or "none".
         group: process group whose other rows serve as negatives: None, "world" or a process group.
@@ -224,6 +225,7 @@ class DCLWLoss(TwoViewLoss):
             impl=impl,
         )
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Loss of two views, each of shape (N, D)."""
-        return dclw_loss(z1, z2, **self.hyperparameters())
+    def forward(self, z1: Tensor, z2: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """Loss of two views, each of shape (N, D); with a queue (K, D) its rows are the negatives."""
+        options = self.hyperparameters() | ({} if negatives is None else {"negatives": negatives})
+        return dclw_loss(z1, z2, **options)

@@ -98,6 +98,6 @@ class NTXentLoss(TwoViewLoss):
             temperature=temperature, normalize=normalize, reduction=reduction, group=group, impl=impl
         )
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Loss of two views, each of shape (N, D)."""
+    def forward(self, z1: Tensor | Sequence[Tensor], z2: Tensor | None = None) -> Tensor:
+        """Loss of two views, each of shape (N, D), or of a list of two or more."""
         return nt_xent_loss(z1, z2, **self.hyperparameters())

@@ -327,6 +327,8 @@ class SupConLoss(LabelledLoss):
             impl=impl,
         )
 
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Loss of embeddings (N, D) with integer labels (N,)."""
-        return sup_con_loss(z, labels, **self.hyperparameters())
+    def forward(
+        self, z: Tensor, labels: Tensor, ref: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> Tensor:
+        """Loss of embeddings (N, D) with integer labels (N,), or against a memory (M, D) with labels (M,)."""
+        return sup_con_loss(z, labels, ref=ref, ref_labels=ref_labels, **self.hyperparameters())
