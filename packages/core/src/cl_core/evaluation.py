@@ -322,7 +322,7 @@ class _Regression:
             # Centred before squaring, so that a large mean does not swallow a small variance.
             squares = (((x - self.mean) ** 2).sum(0) for x, _ in self._tiles())
             deviation = (sum(squares, start=torch.zeros_like(self.mean)) / self.rows).sqrt()
-            constant = deviation <= 10 * torch.finfo(features.dtype).eps * self.mean.abs()
+            constant = deviation <= 10 * torch.finfo(self.mean.dtype).eps * self.mean.abs()
             self.scale = torch.where(constant, 1, deviation)
 
     def _tiles(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -93,6 +93,9 @@ def uniformity_loss(
     split = shard(z, group)
     if split.total < 2:
         raise ValueError(f"uniformity_loss needs at least 2 rows (it compares pairs), got {split.total}.")
+    if not normalize:  # distances do not change, and squares far from the origin would cancel
+        z = similarity.at_least_float32(z)
+        z = z - (split.sum(z.detach().sum(0)) / split.total)
     # -t |u_i - u_j|^2 = 2 t u_i . u_j - t |u_i|^2 - t |u_j|^2, and for unit rows the squares are 1.
     rows = similarity.scaled_rows(z, scale=math.sqrt(2 * t), normalize=normalize)
     if normalize and split.group is None:

@@ -83,7 +83,8 @@ class DistributedBatchSampler(Sampler[list[int]], ABC):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""
         _checks.count("epoch", epoch, at_least=0)
-        if epoch != self.epoch and self._started:
+        at_the_end = self._start_batch == len(self)  # a state taken there has nothing left of its epoch
+        if epoch != self.epoch and (self._started or at_the_end):
             self.start_batch = 0
         self.epoch = epoch
 

@@ -43,6 +43,11 @@ class Evaluation:
         for k in self.neighbours:
             _checks.count("neighbours", k)
         _checks.count("batch_size", self.batch_size)
+        _checks.positive("temperature", self.temperature)
+        if not self.regularizations:
+            raise ValueError("regularizations must hold at least one number, got none.")
+        for strength in self.regularizations:
+            _checks.positive("regularizations", strength)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from cl_core.training.optimization import Optimization
 from cl_core.training.recording import MetricsTable, ProgressBar, Recorder
 from cl_core.training.run import RunFolder
 
-Precision: TypeAlias = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"]
+Precision: TypeAlias = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class TrainerOptions:
 
     def __post_init__(self) -> None:
         _checks.count("max_epochs", self.max_epochs)
+        if self.max_steps != -1:
+            _checks.count("max_steps", self.max_steps)
+        if not self.limit_train_batches > 0:
+            raise ValueError(f"limit_train_batches must be > 0, got {self.limit_train_batches}.")
         _checks.count("accumulate_grad_batches", self.accumulate_grad_batches)
 
 
@@ -94,6 +98,14 @@ class Monitoring:
     knn_rows: int = 10000
     diagnostics_every_epochs: int | None = 1
     moving_average: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("knn_every_epochs", "diagnostics_every_epochs"):
+            if getattr(self, name) is not None:
+                _checks.count(name, getattr(self, name))
+        _checks.count("knn_rows", self.knn_rows)
+        if self.moving_average is not None and not 0 < self.moving_average < 1:
+            raise ValueError(f"moving_average must be in (0, 1), got {self.moving_average}.")
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,9 @@ def fit(
     }
     monitor, checkpoint = monitor or Monitoring(), checkpoint or Checkpointing()
     first = rank == 0
+    before = run.config.read_text() if resume is not None and run.config.is_file() else None
+    if config is not None and config == before and run.finished:  # nothing was left to do
+        return FitResult(run, artifacts.load_export(run.export), run.read_metrics(), [])
     if first and (resume is None or config is not None):
         run.write_config(config if config is not None else _described(method, data, settings, seed))
         run.write_versions(package)
@@ -230,7 +245,9 @@ def fit(
         table = _train(
             lit, data, run, trainer_options, checkpoint, monitor, evaluation if labelled else None, package
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:
+        if first and before is not None:  # what was refused must not stand in the way of the next resume
+            run.write_config(before)
         raise ValueError(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
         state = (
