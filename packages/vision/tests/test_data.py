@@ -19,6 +19,7 @@ from cl_vision.data import (
     Digits,
     FashionMNIST,
     ImageArray,
+    ImageFolder,
     PackedCIFAR10,
     PlainDataset,
     ViewDataset,
@@ -462,3 +463,12 @@ def test_plain_dataset_is_deterministic(images):
     assert torch.equal(data[0][0], images[4].float())
     assert data[1][1] == 1
     assert len(data) == 2
+
+
+def test_images_of_more_than_8_bits_are_refused_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    for place in range(4):
+        Image.fromarray(ramp).save(tmp_path / f"{place}.png")
+    data = ImageFolder(root=tmp_path, image_size=32)
+    with pytest.raises(ValueError, match=r"0\.png cannot be read \(mode I;16, more than 8 bits"):
+        data.train_dataset()[0]

@@ -299,3 +299,15 @@ def test_reproduce_refuses_a_folder_of_other_settings(command):
     status, _, err = command("reproduce", "grid.yaml", "--output", "out")
     assert status == 2
     assert "out/b-narrow-seed0 holds a run of other settings" in err
+
+
+def test_a_stored_configuration_imports_nothing(command, tmp_path, monkeypatch):
+    (tmp_path / "planted_module.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: {class_path: planted_module.Planted}\n")
+    status, out, err = command("fit", "--resume", str(run))
+    assert (status, out) == (2, "")
+    assert "planted_module.Planted" in err
+    assert "planted_module" not in sys.modules

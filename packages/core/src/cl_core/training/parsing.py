@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -80,7 +81,19 @@ class Parser:
         return self._parse(self._resolved(args))
 
     def parse_over(self, config: dict[str, Any], args: Sequence[str]) -> Namespace:
-        """Parse arguments on top of a configuration that was read already."""
+        """Parse arguments on top of a configuration that a run or an export holds.
+
+        Raises:
+            ValueError: in one sentence; also for a class of a module that is not loaded: reading what somebody sent
+                must not import, which runs code.
+        """
+        for path in _class_paths(config):
+            module = path.rpartition(".")[0]
+            if module and module not in sys.modules:
+                raise ValueError(
+                    f"the stored configuration names {path!r}, which is not a registered class; if you trust it, give "
+                    "its configuration with --config."
+                )
         return self._parse([f"--config={yaml.safe_dump(config)}", *self._resolved(args)])
 
     def _resolved(self, args: Sequence[str]) -> list[str]:
@@ -178,6 +191,19 @@ class Parser:
                 if (child.__module__, child.__qualname__) == (module, name):
                     return child
         return getattr(import_module(module), name, None)
+
+
+def _class_paths(config: Any) -> Iterator[str]:
+    """Every class that a configuration names."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key == "class_path" and isinstance(value, str):
+                yield value
+            else:
+                yield from _class_paths(value)
+    elif isinstance(config, list | tuple):
+        for entry in config:
+            yield from _class_paths(entry)
 
 
 def _option(before: str) -> str:

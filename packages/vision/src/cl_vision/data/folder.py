@@ -176,6 +176,10 @@ class ImageFiles:
         path = self.paths[row]
         try:
             with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):  # Pillow would clip all above 255 to white
+                    raise OSError(
+                        f"mode {image.mode}, more than 8 bits a channel; convert it to 8 bits first"
+                    )
                 upright = ImageOps.exif_transpose(image).convert("RGB" if self.channels == 3 else "L")
         except _UNREADABLE as error:
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
