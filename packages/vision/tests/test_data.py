@@ -19,7 +19,6 @@ from cl_vision.data import (
     Digits,
     FashionMNIST,
     ImageArray,
-    ImageFolder,
     PackedCIFAR10,
     PlainDataset,
     ViewDataset,
@@ -27,6 +26,7 @@ from cl_vision.data import (
     collate_views,
     stratified_split,
 )
+from cl_vision.data.folder import ImageFiles
 from cl_vision.transforms import SimCLRTransform, SmallGrayTransform, ViewTransform
 
 CL_DATA = os.environ.get("CL_DATA")
@@ -465,10 +465,11 @@ def test_plain_dataset_is_deterministic(images):
     assert len(data) == 2
 
 
-def test_images_of_more_than_8_bits_are_refused_not_clipped(tmp_path):
+def test_images_of_16_bits_are_scaled_and_of_unknown_scale_refused(tmp_path):
     ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
-    for place in range(4):
-        Image.fromarray(ramp).save(tmp_path / f"{place}.png")
-    data = ImageFolder(root=tmp_path, image_size=32)
-    with pytest.raises(ValueError, match=r"0\.png cannot be read \(mode I;16, more than 8 bits"):
-        data.train_dataset()[0]
+    Image.fromarray(ramp).save(tmp_path / "0.png")
+    files = ImageFiles([tmp_path / "0.png"], torch.zeros(1), channels=1)
+    assert np.array_equal(files[0][0].numpy(), ramp >> 8)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "1.tiff")
+    with pytest.raises(ValueError, match=r"1\.tiff cannot be read \(mode F has no known largest value"):
+        ImageFiles([tmp_path / "1.tiff"], torch.zeros(1), channels=1)[0]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -176,11 +177,8 @@ class ImageFiles:
         path = self.paths[row]
         try:
             with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):  # Pillow would clip all above 255 to white
-                    raise OSError(
-                        f"mode {image.mode}, more than 8 bits a channel; convert it to 8 bits first"
-                    )
-                upright = ImageOps.exif_transpose(image).convert("RGB" if self.channels == 3 else "L")
+                upright = _eight_bits(ImageOps.exif_transpose(image))
+                upright = upright.convert("RGB" if self.channels == 3 else "L")
         except _UNREADABLE as error:
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             raise ValueError(
@@ -214,3 +212,12 @@ def _visible(path: Path) -> bool:
 
 def _is_image(path: Path) -> bool:
     return _visible(path) and path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits scaled to 8, which Pillow would clip to white; a scale that nobody knows is refused."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise OSError(f"mode {image.mode} has no known largest value; convert it to 8 or 16 bits first")
+    return image
