@@ -5,13 +5,15 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cl_core.training import artifacts
 from cl_core.training.checkpoints import VERSION, AtomicCheckpointIO, read_checkpoint
 from cl_core.training.files import write_atomically
-from cl_core.training.fitting import TrainerOptions, fit
+from cl_core.training.fitting import fit
+from cl_core.training.settings import TrainerOptions
 
 
 def edit(folder, change):
@@ -46,6 +48,22 @@ def test_arguments_of_every_plain_kind_come_back(tiny):
     described = artifacts.describe(Argued((1, 2), ["a"], torch.tensor(0.5), None))
     built = artifacts.build(json.loads(json.dumps(described)), tiny.TinyEncoder)
     assert (built.sizes, built.names, built.none, built.scale.item()) == ((1, 2), ["a"], None, 0.5)
+
+
+class Plain(torch.nn.Module):
+    pass
+
+
+def test_modules_that_take_no_arguments_and_numbers_of_numpy_come_back(tiny):
+    class Holder(tiny.TinyMethod):
+        def __init__(self, first: Plain, second: torch.nn.Identity, share: float) -> None:
+            torch.nn.Module.__init__(self)
+            self.first, self.second, self.share = first, second, share
+
+    described = artifacts.describe(Holder(Plain(), torch.nn.Identity(), np.float64(0.1)))
+    assert type(described["arguments"]["share"]) is float
+    built = artifacts.build(json.loads(json.dumps(described)), tiny.TinyMethod)
+    assert (type(built.first), type(built.second), built.share) == (Plain, torch.nn.Identity, 0.1)
 
 
 def test_what_is_not_stored_or_not_plain_is_refused(tiny):
@@ -108,6 +126,13 @@ def test_damaged_exports_are_refused_in_one_sentence(exported, tmp_path):
     damaged(lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:-9]), "truncated, corrupt")
     damaged(lambda f: (f / weights).unlink(), "there is no model.safetensors", FileNotFoundError)
     damaged(lambda f: (f / "config.json").write_text("{"), "not readable JSON")
+    damaged(lambda f: (f / "config.json").write_text("[" * 100000), "not readable JSON")
+    damaged(
+        lambda f: edit(
+            f, lambda config: config["model"]["arguments"]["encoder"]["arguments"].update(width=2**60)
+        ),
+        "TinyEncoder cannot be built from the export",
+    )
     damaged(lambda f: (f / "config.json").write_text("{}"), "does not describe an exported method")
     damaged(lambda f: (f / "config.json").unlink(), "holds no export", FileNotFoundError)
     damaged(

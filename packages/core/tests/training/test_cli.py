@@ -239,6 +239,41 @@ def test_resume_goes_on_and_says_how_after_ctrl_c(command, tiny, monkeypatch):
         assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
 
 
+def test_what_was_asked_is_kept_for_the_resume(command, tiny, monkeypatch):
+    def after_step(self, progress):
+        if progress.step == 3:
+            raise Killed
+
+    class Killed(Exception):
+        pass
+
+    options = ("--config", "tiny/quick", "--init_from", "first", "--monitor.knn_every_epochs", "null")
+    command("fit", "--config", "tiny/quick", "--run_dir", "first")
+    command("fit", *options, "--seed", 1, "--run_dir", "whole")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(tiny.TinyMethod, "after_step", after_step)
+        command("fit", *options, "--seed", 1, "--run_dir", "cut")  # dies before the first checkpoint
+    config = yaml.safe_load(Path("cut/config.yaml").read_text())
+    assert (config["init_from"], config["monitor"]["knn_every_epochs"]) == ("first", None)
+    assert {"run_dir", "resume", "config", "debug", "print_config"}.isdisjoint(config)
+    assert command("fit", "--resume", "cut")[0] == 0
+    for name in ("export/model.safetensors", "metrics.json", "metrics.csv", "config.yaml"):
+        assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_resume_takes_more_epochs_and_refuses_another_rate(command):
+    command("fit", "--config", "tiny/quick", "--run_dir", "here")
+    status, _, err = command("fit", "--resume", "here", "--optimization.lr", 0.5)
+    assert status == 2
+    assert err.startswith(
+        "cl-tiny: optimization.lr was 0.01 when here began and is 0.5 now: resume it as it began"
+    )
+    assert command("fit", "--resume", "here", "--trainer.max_epochs", 3)[0] == 0
+    assert json.loads(Path("here/metrics.json").read_text())["steps"] == 15
+    assert yaml.safe_load(Path("here/config.yaml").read_text())["trainer"]["max_epochs"] == 3
+    assert command("fit", "--resume", "here")[0] == 0
+
+
 def test_init_from_an_export_brings_the_model(command):
     command("fit", "--config", "tiny/quick", "--model.encoder.width", 4)
     status, _, err = command(

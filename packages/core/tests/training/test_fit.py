@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl_core.training import artifacts
+from cl_core.training import artifacts, fitting
 from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.evaluating import Evaluation, evaluate
-from cl_core.training.fitting import Monitoring, TrainerOptions, fit
+from cl_core.training.fitting import fit, weights_of
 from cl_core.training.optimization import Optimization
+from cl_core.training.settings import Monitoring, TrainerOptions
 
 CPU = {"accelerator": "cpu", "progress_bar": False}
 EVALUATION = Evaluation(neighbours=(5,), regularizations=(1e-2,))
@@ -56,6 +57,7 @@ def test_a_run_writes_its_folder(tiny):
     assert folder == Path("runs/a-name-x-001")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert names == {
+        ".lock",
         "config.yaml",
         "versions.json",
         "metrics.csv",
@@ -186,29 +188,32 @@ def test_workers_do_not_change_a_run(tiny):
 def test_resume_refuses_other_data(tiny):
     with pytest.raises(Killed):
         run(tiny, run_dir="cut", kill_at=7)
-    with pytest.raises(ValueError, match="counts 5 batches an epoch, this run 11"):
-        run(tiny, resume="cut", data=tiny.TinyData(batch_size=4))
+    before = Path("cut/config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="counts 5 batches an epoch, this run 2"):
+        run(tiny, resume="cut", data=tiny.TinyData(size=20))
+    assert Path("cut/config.yaml").read_bytes() == before
 
 
 CHILD = """
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("tiny_conftest", sys.argv[1])
+spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
 tiny = importlib.util.module_from_spec(spec)
-sys.modules["tiny_conftest"] = tiny
+sys.modules["tiny"] = tiny
 spec.loader.exec_module(tiny)
 import os, signal, torch
 from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.evaluating import Evaluation
-from cl_core.training.fitting import TrainerOptions, fit
+from cl_core.training.fitting import fit, weights_of
+from cl_core.training.settings import TrainerOptions
 
-class Dies(tiny.TinyMethod):
-    def after_step(self, progress):
-        if progress.step == 8:
-            os.kill(os.getpid(), signal.SIGKILL)
+def after_step(self, progress):
+    if progress.step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
 
+tiny.TinyMethod.after_step = after_step
 torch.manual_seed(0)
 fit(
-    Dies(tiny.TinyEncoder(), tiny.TinyLoss()),
+    tiny.TinyMethod(tiny.TinyEncoder(), tiny.TinyLoss()),
     tiny.TinyData(),
     trainer=TrainerOptions(max_epochs=3, accelerator="cpu", progress_bar=False),
     checkpoint=Checkpointing(every_steps=2),
@@ -359,3 +364,164 @@ def test_a_loss_must_be_named(tiny):
 
     with pytest.raises(ValueError, match=r"Nameless.loss must return .* got keys 'norm'"):
         run(tiny, Nameless)
+
+
+AVERAGED = {"monitor": Monitoring(knn_every_epochs=1, moving_average=0.9)}
+
+
+def killed_before_the_export(tiny, monkeypatch, **arguments):
+    def export_method(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(artifacts, "export_method", export_method)
+        run(tiny, run_dir="cut", **arguments)
+
+
+def test_resume_after_the_last_step_is_exact(tiny, monkeypatch):
+    whole = run(tiny, run_dir="whole", **AVERAGED)
+    killed_before_the_export(tiny, monkeypatch, **AVERAGED)
+    cut = run(tiny, resume="cut", **AVERAGED)
+    same(whole.method.state_dict(), cut.method.state_dict())
+    assert cut.metrics["train"]
+    for name in ("metrics.csv", "metrics.json", "similarities.safetensors", "config.yaml"):
+        assert Path("whole", name).read_bytes() == Path("cut", name).read_bytes(), name
+
+
+def test_a_finished_run_comes_back_as_it_is(tiny, monkeypatch):
+    whole = run(tiny, run_dir="whole", **AVERAGED)
+    files = {path: path.stat().st_mtime_ns for path in Path("whole").rglob("*") if path.name != ".lock"}
+    again = run(tiny, resume="whole", method=tiny.method(), **AVERAGED)
+    same(whole.method.state_dict(), again.method.state_dict())
+    assert (again.metrics, again.table) == (whole.metrics, whole.table)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_more_epochs_go_on_where_a_run_ended(tiny):
+    constant = {"optimization": Optimization(schedule="constant"), "monitor": Monitoring(moving_average=0.9)}
+    whole = run(tiny, run_dir="whole", epochs=4, **constant)
+    run(tiny, run_dir="cut", epochs=2, **constant)
+    with pytest.raises(Killed):
+        run(tiny, resume="cut", epochs=4, kill_at=17, **constant)
+    assert not json.loads(Path("cut/metrics.json").read_text())["finished"]
+    cut = run(tiny, resume="cut", epochs=4, **constant)
+    same(whole.method.state_dict(), cut.method.state_dict())
+    assert (cut.metrics, cut.table) == (whole.metrics, whole.table)
+    assert Path("cut/config.yaml").read_text() == Path("whole/config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 1}, "seed was 0 when cut began and is 1 now"),
+        ({"optimization": Optimization(lr=0.1)}, r"optimization.lr was 0.001 when cut began and is 0.1 now"),
+        ({"data": "batch"}, "data.batch_size was 8 when cut began and is 9 now"),
+        ({"method": "loss"}, r"model.arguments.loss.arguments.temperature was 0.5 .* is 0.7 now"),
+        ({"evaluation": Evaluation(neighbours=(1,))}, r"evaluation.neighbours was \[5\] .* is \[1\] now"),
+        ({"monitor": Monitoring(moving_average=0.5)}, "monitor.moving_average was None .* is 0.5 now"),
+        ({"gradient_cache_chunk": 4}, "gradient_cache_chunk was None .* is 4 now"),
+    ],
+)
+def test_resume_refuses_what_makes_another_run(tiny, changed, said):
+    with pytest.raises(Killed):
+        run(tiny, run_dir="cut", kill_at=7)
+    made = {"batch": lambda: tiny.TinyData(batch_size=9), "loss": lambda: tiny.method(temperature=0.7)}
+    changed = {name: made[value]() if isinstance(value, str) else value for name, value in changed.items()}
+    before = Path("cut/config.yaml").read_bytes()
+    with pytest.raises(ValueError, match=f"{said}: resume it as it began, or start another run") as caught:
+        run(tiny, resume="cut", **changed)
+    assert "\n" not in str(caught.value)
+    assert Path("cut/config.yaml").read_bytes() == before
+    same(run(tiny).method.state_dict(), run(tiny, resume="cut").method.state_dict())
+
+
+def edited(path, change):
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda c: c["state_dict"].popitem(),
+            "cut.checkpoints.last.ckpt cannot be continued: RuntimeError: Err",
+        ),
+        (lambda c: c["optimizer_states"][0].update(state=3), "last.ckpt cannot be continued"),
+        (lambda c: c["loops"].clear(), "last.ckpt cannot be continued"),
+        (lambda c: c["callbacks"]["Recorder"].pop("sums"), "last.ckpt cannot be continued: KeyError: 'sums'"),
+        (lambda c: c["cl_core"].clear(), "last.ckpt is damaged: its entries are not what"),
+        (lambda c: c["cl_core"].update(steps_done="many"), "last.ckpt is damaged"),
+        (lambda c: c.update(cl_core=None), "last.ckpt is damaged"),
+        (lambda c: c.pop("state_dict"), "last.ckpt is damaged"),
+    ],
+)
+def test_a_checkpoint_damaged_inside_is_said_in_one_sentence(tiny, change, said):
+    with pytest.raises(Killed):
+        run(tiny, run_dir="cut", kill_at=7)
+    edited("cut/checkpoints/last.ckpt", change)
+    with pytest.raises(ValueError, match=said) as caught:
+        run(tiny, resume="cut")
+    assert "\n" not in str(caught.value)
+
+
+def test_one_process_trains_in_a_folder(tiny):
+    with pytest.raises(Killed):
+        run(tiny, run_dir="cut", kill_at=7)
+    code = (
+        "import sys, time; from cl_core.training.run import RunFolder\n"
+        "with RunFolder('cut').locked(): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match="another process trains in cut"):
+            run(tiny, resume="cut")
+        other.kill()
+    same(run(tiny).method.state_dict(), run(tiny, resume="cut").method.state_dict())
+
+
+def test_a_checkpoint_gives_the_moving_average(tiny, monkeypatch):
+    whole = run(tiny, run_dir="whole", **AVERAGED)
+    weights = weights_of("whole/checkpoints/last.ckpt", package="cl-core")
+    same(weights, whole.method.state_dict())
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_result(tiny):
+    def artist(drawing):
+        raise ZeroDivisionError("no\nroom")
+
+    with pytest.warns(UserWarning, match="figures of here could not be drawn: ZeroDivisionError: no room"):
+        result = run(tiny, run_dir="here", artist=artist)
+    assert result.metrics["finished"]
+    assert result.metrics["trained"]
+
+
+def test_ctrl_c_before_and_after_training_says_how_to_go_on(tiny, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fitting, "evaluate_raw", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="no checkpoint was due yet; go on with fit --resume cut"):
+            run(tiny, run_dir="cut")
+        patched.undo()
+        patched.setattr(fitting, "accuracies", interrupt)
+        with pytest.raises(
+            KeyboardInterrupt, match="the last checkpoint is kept; go on with fit --resume cut"
+        ):
+            run(tiny, resume="cut")
+    assert run(tiny, resume="cut").metrics == run(tiny).metrics
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_no_generator_takes(tiny, seed):
+    with pytest.raises(ValueError, match=f"seed must be at .*, got {seed}"):
+        run(tiny, seed=seed)
+    assert not Path("runs").exists()
+
+
+def test_a_device_that_is_not_there_leaves_no_folder(tiny):
+    with pytest.raises(ValueError, match="warp"):
+        run(tiny, trainer=TrainerOptions(accelerator="warp"))
+    assert not Path("runs").exists()

@@ -8,8 +8,9 @@ import torch
 
 from cl_core.method import Progress
 from cl_core.training.callbacks import MovingAverage
-from cl_core.training.fitting import Monitoring, TrainerOptions, fit
+from cl_core.training.fitting import fit
 from cl_core.training.optimization import Optimization
+from cl_core.training.settings import Monitoring, TrainerOptions
 
 
 def factors(steps=20, epochs=5, **settings):

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from cl_core.training.checkpoints import Checkpointing
     from cl_core.training.data import Data
     from cl_core.training.evaluating import Evaluation, embed_split, evaluate
-    from cl_core.training.fitting import Drawing, FitResult, Monitoring, TrainerOptions, fit
+    from cl_core.training.fitting import Drawing, FitResult, fit
     from cl_core.training.optimization import Optimization
     from cl_core.training.run import RunFolder
+    from cl_core.training.settings import Monitoring, TrainerOptions
 
 _HOME = {
     "Checkpointing": "checkpoints",
@@ -28,11 +29,11 @@ _HOME = {
     "FitResult": "fitting",
     "KNNMonitor": "callbacks",
     "LitMethod": "adaptor",
-    "Monitoring": "fitting",
+    "Monitoring": "settings",
     "MovingAverage": "callbacks",
     "Optimization": "optimization",
     "RunFolder": "run",
-    "TrainerOptions": "fitting",
+    "TrainerOptions": "settings",
     "embed_split": "evaluating",
     "evaluate": "evaluating",
     "export_method": "artifacts",

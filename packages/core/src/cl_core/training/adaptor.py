@@ -79,6 +79,7 @@ class LitMethod(pl.LightningModule):
                 f"got {accumulate_batches}."
             )
         self.steps_done = 0
+        self.started = False  # whether training goes on: everything has been restored
         self._batches: int | None = None  # of an epoch, as the checkpoint counts
         self._random_state: dict[str, Any] | None = None
         self.last_losses: dict[str, Tensor] = {}
@@ -126,6 +127,7 @@ class LitMethod(pl.LightningModule):
         self.method.on_fit_start(self.progress)
         if self._random_state is not None:
             restore_random_state(self._random_state)
+        self.started = True
 
     def on_train_epoch_start(self) -> None:
         """Tell the loader and the method which epoch begins."""

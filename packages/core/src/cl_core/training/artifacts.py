@@ -26,7 +26,7 @@ FORMAT = "cl-export"
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _ALIASES = {"loss": "criterion"}
-_PLAIN = (str, int, float, bool, type(None))
+_WITHOUT_ARGUMENTS = (nn.Module.__init__, nn.Identity.__init__)
 
 
 def export_method(method: Method, folder: str | Path) -> Path:
@@ -114,17 +114,21 @@ def initialise(method: Method, weights: dict[str, Tensor], *, source: str | Path
     Raises:
         ValueError: if nothing fits.
     """
+    kept = fitting(method, weights, source=source)
+    method.load_state_dict(kept, strict=False)
+    return [name for name in method.state_dict() if name not in kept]
+
+
+def fitting(method: Method, weights: dict[str, Tensor], *, source: str | Path) -> dict[str, Tensor]:
+    """The weights that fit a method by name and shape; raises as :func:`initialise`."""
     own = method.state_dict()
-    fitting = {
-        name: value for name, value in weights.items() if name in own and own[name].shape == value.shape
-    }
-    if not fitting:
+    found = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    if not found:
         raise ValueError(
             f"no weight of {source} fits {type(method).__name__} by name and shape: it has "
             f"{', '.join(list(weights)[:3])}, ..., the method has {', '.join(list(own)[:3])}, ..."
         )
-    method.load_state_dict(fitting, strict=False)
-    return [name for name in own if name not in fitting]
+    return found
 
 
 def describe(value: Any, *, name: str = "model") -> Any:
@@ -139,8 +143,11 @@ def describe(value: Any, *, name: str = "model") -> Any:
         return [describe(entry, name=f"{name}[{place}]") for place, entry in enumerate(value)]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: describe(entry, name=f"{name}.{key}") for key, entry in value.items()}
-    if isinstance(value, _PLAIN):
-        return value
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):  # as itself: NumPy's float64, say, is a float that YAML cannot write
+            return kind(value)
+    if value is None:
+        return None
     raise TypeError(f"{name} is a {type(value).__name__}, which an export cannot write down.")
 
 
@@ -160,8 +167,9 @@ def build(described: Any, expected: Any) -> Any:
         arguments = described["arguments"]
         try:
             return known(**{key: build(value, hints.get(key, Any)) for key, value in arguments.items()})
-        except TypeError as error:
-            raise ValueError(f"{known.__name__} cannot be built from the export: {error}.") from None
+        except Exception as error:  # whatever a constructor says of arguments that nobody checked
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{known.__name__} cannot be built from the export: {said}.") from None
     if isinstance(described, list):
         parts = [build(entry, Any) for entry in described]
         return tuple(parts) if _wants_tuple(expected) else parts
@@ -185,7 +193,9 @@ def base_classes(annotation: Any) -> list[type]:
 
 
 def _arguments(module: nn.Module, name: str) -> dict[str, Any]:
-    arguments = {}
+    arguments: dict[str, Any] = {}
+    if type(module).__init__ in _WITHOUT_ARGUMENTS:
+        return arguments
     for parameter in list(inspect.signature(type(module).__init__).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{name} is a {type(module).__name__}, whose arguments are not all named.")

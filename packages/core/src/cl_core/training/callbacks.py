@@ -165,10 +165,11 @@ class MovingAverage(pl.Callback):
             self._step = pl_module.steps_done
             self._average.update(pl_module.method, self.decay)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Make the average the result."""
-        if self._average is not None:
-            pl_module.method.load_state_dict(self._average.module.state_dict())
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Make the average the result, also of a run resumed after its last step, which starts no training."""
+        average = self._restored if self._average is None else self._average.module.state_dict()
+        if average is not None:
+            pl_module.method.load_state_dict(average)
 
     def state_dict(self) -> dict[str, Any]:
         """The average."""

@@ -104,6 +104,11 @@ def read_checkpoint(path: str | Path, *, package: str) -> dict[str, Any]:
             f"{path} has checkpoint format {stamp.get('version')}, this {package} reads {VERSION}; "
             "start from its exported weights with --init_from instead."
         )
+    state, weights = checkpoint[STATE], checkpoint.get("state_dict")
+    whole = isinstance(state, dict) and isinstance(weights, dict)
+    kinds = {"steps_done": int, "batches": int, "random_states": list}
+    if not whole or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path} is damaged: its entries are not what this {package} writes.")
     return dict(checkpoint)
 
 

@@ -18,12 +18,13 @@ from cl_core.training.cli import Domain
 from cl_core.training.data import SPLITS
 from cl_core.training.evaluating import Evaluation, accuracies, embed_split, has_labels
 from cl_core.training.files import write_atomically
-from cl_core.training.fitting import FitResult, Monitoring, TrainerOptions, fit, weights_of
+from cl_core.training.fitting import FitResult, fit, weights_of
 from cl_core.training.optimization import Optimization
 from cl_core.training.parsing import Parser
 from cl_core.training.run import RunFolder
+from cl_core.training.settings import Monitoring, TrainerOptions
 
-_NOT_KEPT = ("config", "resume", "init_from", "run_dir", "debug", "print_config")
+_NOT_KEPT = ("config", "resume", "run_dir", "debug", "print_config")
 
 
 def run(domain: Domain, verb: str, args: Sequence[str]) -> int:

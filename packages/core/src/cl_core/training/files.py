@@ -90,7 +90,7 @@ def read_json(path: str | Path) -> Any:
     path = Path(path)
     try:
         return json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not readable JSON: it is truncated or corrupt.") from None
 
 

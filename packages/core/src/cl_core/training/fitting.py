@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -24,7 +24,12 @@ from cl_core.method import Method
 from cl_core.training import artifacts
 from cl_core.training.adaptor import LitMethod
 from cl_core.training.callbacks import Diagnostics, KNNMonitor, MovingAverage
-from cl_core.training.checkpoints import AtomicCheckpointIO, Checkpointing, Checkpoints, read_checkpoint
+from cl_core.training.checkpoints import (
+    AtomicCheckpointIO,
+    Checkpointing,
+    Checkpoints,
+    read_checkpoint,
+)
 from cl_core.training.data import SPLITS, Data
 from cl_core.training.evaluating import (
     Embedding,
@@ -38,74 +43,9 @@ from cl_core.training.evaluating import (
 from cl_core.training.optimization import Optimization
 from cl_core.training.recording import MetricsTable, ProgressBar, Recorder
 from cl_core.training.run import RunFolder
+from cl_core.training.settings import Monitoring, TrainerOptions, continued
 
-Precision: TypeAlias = Literal["32-true", "16-mixed", "bf16-mixed"]
-
-
-@dataclass(frozen=True)
-class TrainerOptions:
-    """What is passed on to Lightning's Trainer.
-
-    Args:
-        max_epochs: epochs to train.
-        max_steps: optimiser steps after which training stops, -1 for no such limit.
-        accelerator: "auto", "cpu", "gpu", ...
-        devices: how many, a list of numbers, or "auto".
-        strategy: "auto", "ddp", ...
-        precision: "32-true", "16-mixed", "bf16-mixed", ...
-        accumulate_grad_batches: batches an optimiser step.
-        gradient_clip_val: largest norm of the gradient, None for any.
-        limit_train_batches: batches an epoch (an integer) or share of them (a float up to 1.0).
-        deterministic: let torch refuse operations that are not reproducible.
-        tensorboard: also log for TensorBoard, in the run folder.
-        progress_bar: show one.
-    """
-
-    max_epochs: int = 100
-    max_steps: int = -1
-    accelerator: str = "auto"
-    devices: int | str | list[int] = 1
-    strategy: str = "auto"
-    precision: Precision = "32-true"
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: float | None = None
-    limit_train_batches: int | float = 1.0
-    deterministic: bool = False
-    tensorboard: bool = False
-    progress_bar: bool = True
-
-    def __post_init__(self) -> None:
-        _checks.count("max_epochs", self.max_epochs)
-        if self.max_steps != -1:
-            _checks.count("max_steps", self.max_steps)
-        if not self.limit_train_batches > 0:
-            raise ValueError(f"limit_train_batches must be > 0, got {self.limit_train_batches}.")
-        _checks.count("accumulate_grad_batches", self.accumulate_grad_batches)
-
-
-@dataclass(frozen=True)
-class Monitoring:
-    """What is measured while training.
-
-    Args:
-        knn_every_epochs: epochs between measurements of the neighbours' accuracy on validation; None for never.
-        knn_rows: at most so many rows of each split take part.
-        diagnostics_every_epochs: epochs between measurements of the embeddings' health; None for never.
-        moving_average: decay of a moving average of the weights that becomes the result; None for none.
-    """
-
-    knn_every_epochs: int | None = 5
-    knn_rows: int = 10000
-    diagnostics_every_epochs: int | None = 1
-    moving_average: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("knn_every_epochs", "diagnostics_every_epochs"):
-            if getattr(self, name) is not None:
-                _checks.count(name, getattr(self, name))
-        _checks.count("knn_rows", self.knn_rows)
-        if self.moving_average is not None and not 0 < self.moving_average < 1:
-            raise ValueError(f"moving_average must be in (0, 1), got {self.moving_average}.")
+_LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 @dataclass(frozen=True)
@@ -179,14 +119,15 @@ def fit(
         checkpoint: when to save.
         monitor: what is measured while training.
         evaluation: how the result is evaluated, where there are labels.
-        seed: of the run.
+        seed: of the run, in [0, 2^32).
         run_dir: folder of the run; None makes ``runs/<name>-<number>``.
         name: stem of that folder; None for the method's and the data's.
-        resume: a run folder to continue; the method must be built as it was then.
+        resume: a run folder to continue; the method must be built as it was then, and only settings that leave
+            alone what was learnt so far may differ, such as the number of epochs.
         init_from: a run folder, export folder or checkpoint whose fitting weights to start from.
         config: text for ``config.yaml``; None for the settings given here.
         gradient_cache_chunk: rows encoded at a time, for batches whose activations do not fit; None for all.
-        artist: draws figures at the end.
+        artist: draws figures at the end; if it cannot, that is a warning.
         package: distribution that checkpoints belong to.
 
     Returns:
@@ -195,87 +136,86 @@ def fit(
     Raises:
         KeyboardInterrupt: after Ctrl-C; the last checkpoint is there to resume from.
         ValueError: for data, settings, checkpoints or weights that do not fit.
-        OSError: in one sentence, if the run folder cannot be written.
+        OSError: in one sentence, if the run folder cannot be written or another process trains in it.
     """
-    trainer_options, evaluation = trainer or TrainerOptions(), evaluation or Evaluation()
+    optimization, options = optimization or Optimization(), trainer or TrainerOptions()
+    checkpoint, monitor = checkpoint or Checkpointing(), monitor or Monitoring()
+    evaluation = evaluation or Evaluation()
     # What cannot be used is refused now: before there is a folder, and not after the training.
-    artifacts.describe(method)
-    weights = None if init_from is None else weights_of(init_from, package=package)
+    _checks.count("seed", seed, at_least=0)
+    if seed > _LARGEST_SEED:
+        raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {seed}.")
     data.set_seed(seed)
-    labelled, device = has_labels(data), _device(trainer_options)
-    if resume is not None:
-        run = RunFolder.existing(resume)
-    else:
+    asked: dict[str, Any] = {
+        "model": artifacts.describe(method),
+        "data": _described(data),
+        **{
+            name: _plain(asdict(value))
+            for name, value in (("optimization", optimization), ("trainer", options))
+        },
+        **{name: _plain(asdict(value)) for name, value in (("checkpoint", checkpoint), ("monitor", monitor))},
+        "evaluation": _plain(asdict(evaluation)),
+        "seed": seed,
+        "init_from": None if init_from is None else str(init_from),
+        "gradient_cache_chunk": gradient_cache_chunk,
+    }
+    if config is not None:
+        asked = yaml.safe_load(config)
+    with _one_sentence():
+        lit = LitMethod(
+            method,
+            optimization,
+            accumulate_batches=options.accumulate_grad_batches,
+            gradient_clip=options.gradient_clip_val,
+            max_steps=options.max_steps,
+            gradient_cache_chunk=gradient_cache_chunk,
+            data=data,
+        )
+        _trainer(options, lit)
+    run = None if resume is None else RunFolder.existing(resume)
+    began = None if run is None else run.read_config()
+    if run is not None and began is not None:
+        asked = continued(began, asked, run=run.path)
+        if asked == began and run.finished:
+            return _finished(run, method)
+    weights = None
+    if init_from is not None and (run is None or not run.last_checkpoint.is_file()):
+        weights = artifacts.fitting(method, weights_of(init_from, package=package), source=init_from)
+    if run is None:
         name = name or f"{type(method).__name__}-{type(data).__name__}".lower()
         run = RunFolder.create(name, run_dir=run_dir)
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     pl.seed_everything(seed + rank, verbose=False)  # processes draw different dropout masks
-
-    settings = {
-        "trainer": trainer_options,
-        "optimization": optimization or Optimization(),
-        "evaluation": evaluation,
-    }
-    monitor, checkpoint = monitor or Monitoring(), checkpoint or Checkpointing()
-    first = rank == 0
-    before = run.config.read_text() if resume is not None and run.config.is_file() else None
-    if config is not None and config == before and run.finished:  # nothing was left to do
-        return FitResult(run, artifacts.load_export(run.export), run.read_metrics(), [])
-    if first and (resume is None or config is not None):
-        run.write_config(config if config is not None else _described(method, data, settings, seed))
-        run.write_versions(package)
-    if first and labelled and evaluation.baselines and "untrained" not in run.read_metrics():
-        untrained = evaluate(method, data, evaluation, device=device)
-        run.write_metrics(untrained=untrained, raw=evaluate_raw(data, evaluation))
-    if weights is not None:
-        kept = artifacts.initialise(method, weights, source=str(init_from))
-        run.write_metrics(initialised_from=str(init_from), kept_initial=kept)
-
-    method.train()
-    try:
-        lit = LitMethod(
-            method,
-            optimization,
-            accumulate_batches=trainer_options.accumulate_grad_batches,
-            gradient_clip=trainer_options.gradient_clip_val,
-            max_steps=trainer_options.max_steps,
-            gradient_cache_chunk=gradient_cache_chunk,
-            data=data,
-        )
-        table = _train(
-            lit, data, run, trainer_options, checkpoint, monitor, evaluation if labelled else None, package
-        )
-    except (MisconfigurationException, ValueError) as error:
-        if first and before is not None:  # what was refused must not stand in the way of the next resume
-            run.write_config(before)
-        raise ValueError(" ".join(str(error).split())) from error
-    except KeyboardInterrupt:
-        state = (
-            "the last checkpoint is kept" if run.last_checkpoint.is_file() else "no checkpoint was due yet"
-        )
-        raise KeyboardInterrupt(f"{state}; go on with fit --resume {run.path}") from None
-    method.to("cpu").eval()
-    if not lit.trainer.is_global_zero:
-        return FitResult(run, method, {}, [])
-    artifacts.export_method(method, run.export)
-    embeddings: dict[str, Embedding] = {}
-    entries: dict[str, Any] = {"steps": lit.steps_done, "seed": seed}
-    if labelled:
-        embeddings = {
-            split: embed_split(method, data, split, device=device, batch_size=evaluation.batch_size)
-            for split in SPLITS
-        }
-        method.to("cpu")
-        train, validation, test = embeddings.values()
-        entries["trained"] = accuracies(train, validation, test, evaluation)
-    metrics = run.write_metrics(**entries, train=table.rows[-1] if table.rows else {}, finished=True)
-    if artist is not None:
-        artist(Drawing(run, table, metrics, embeddings, data.class_names))
-    return FitResult(run, method, metrics, table.rows)
+    judged = evaluation if has_labels(data) else None
+    with run.locked() if rank == 0 else contextlib.nullcontext(), _interruption_explained(run):
+        if rank == 0:
+            if asked != began:
+                run.write_config(config if config is not None and began is None else _text(asked))
+            run.write_versions(package)
+            _measure_baselines(run, method, data, judged, _device(options))
+        if weights is not None:
+            kept = artifacts.initialise(method, weights, source=str(init_from))
+            if rank == 0:
+                run.write_metrics(initialised_from=str(init_from), kept_initial=kept)
+        method.train()
+        try:
+            table = _train(lit, data, run, options, checkpoint, monitor, judged, package)
+        except Exception:
+            if began is not None and not lit.started and rank == 0:
+                run.write_config(
+                    _text(began)
+                )  # what was refused must not stand in the way of the next resume
+            raise
+        method.to("cpu").eval()
+        if not lit.trainer.is_global_zero:
+            return FitResult(run, method, {}, [])
+        return _conclude(run, lit, data, table, judged, _device(options), artist, seed=seed)
 
 
 def weights_of(source: str | Path, *, package: str) -> dict[str, Tensor]:
     """The method's weights in a run folder, an export folder or a checkpoint.
+
+    Of a checkpoint, the moving average of the weights where the run keeps one, as that becomes its result.
 
     Raises:
         FileNotFoundError: if there is nothing to read.
@@ -291,8 +231,66 @@ def weights_of(source: str | Path, *, package: str) -> dict[str, Tensor]:
         source = run.last_checkpoint if run.last_checkpoint.is_file() else source
     if not source.is_file():
         raise FileNotFoundError(f"{source} is neither a run, nor an export, nor a checkpoint.")
-    state = read_checkpoint(source, package=package)["state_dict"]
-    return {name.removeprefix("method."): value for name, value in state.items()}
+    checkpoint = read_checkpoint(source, package=package)
+    if average := checkpoint.get("callbacks", {}).get(MovingAverage.__qualname__, {}).get("average"):
+        return dict(average)
+    return {name.removeprefix("method."): value for name, value in checkpoint["state_dict"].items()}
+
+
+def _finished(run: RunFolder, method: Method) -> FitResult:
+    """The result of a run that has nothing left to do."""
+    try:
+        method.load_state_dict(artifacts.read_export_weights(run.export))
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {run.export} do not fit: {' '.join(str(error).split())}") from None
+    table = MetricsTable(run.metrics_table)
+    table.read()
+    return FitResult(run, method.to("cpu").eval(), run.read_metrics(), table.rows)
+
+
+def _measure_baselines(
+    run: RunFolder, method: Method, data: Data, judged: Evaluation | None, device: str
+) -> None:
+    """Write what the untrained encoder and the raw inputs are worth; the run is unfinished from here on."""
+    if run.finished:
+        run.write_metrics(finished=False)
+    if judged is not None and judged.baselines and "untrained" not in run.read_metrics():
+        untrained = evaluate(method, data, judged, device=device)
+        run.write_metrics(untrained=untrained, raw=evaluate_raw(data, judged))
+
+
+def _conclude(
+    run: RunFolder,
+    lit: LitMethod,
+    data: Data,
+    table: MetricsTable,
+    judged: Evaluation | None,
+    device: str,
+    artist: Artist | None,
+    *,
+    seed: int,
+) -> FitResult:
+    """Export the trained method, evaluate it, draw, and mark the run as finished."""
+    method = lit.method
+    artifacts.export_method(method, run.export)
+    embeddings: dict[str, Embedding] = {}
+    entries: dict[str, Any] = {"steps": lit.steps_done, "seed": seed}
+    if judged is not None:
+        embeddings = {
+            split: embed_split(method, data, split, device=device, batch_size=judged.batch_size)
+            for split in SPLITS
+        }
+        method.to("cpu")
+        train, validation, test = embeddings.values()
+        entries["trained"] = accuracies(train, validation, test, judged)
+    metrics = run.write_metrics(**entries, train=table.rows[-1] if table.rows else {})
+    if artist is not None:
+        try:
+            artist(Drawing(run, table, metrics, embeddings, data.class_names))
+        except Exception as error:  # a picture must not cost the result
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            warnings.warn(f"the figures of {run.path} could not be drawn: {said}", stacklevel=3)
+    return FitResult(run, method, run.write_metrics(finished=True), table.rows)
 
 
 def _train(
@@ -302,23 +300,49 @@ def _train(
     options: TrainerOptions,
     checkpoint: Checkpointing,
     monitor: Monitoring,
-    evaluation: Evaluation | None,
+    judged: Evaluation | None,
     package: str,
 ) -> MetricsTable:
     table = MetricsTable(run.metrics_table)
     saver = Checkpoints(run.checkpoints, checkpoint)
     callbacks: list[pl.Callback] = []
-    if monitor.knn_every_epochs is not None and evaluation is not None:
+    if monitor.knn_every_epochs is not None and judged is not None:
         every, rows = monitor.knn_every_epochs, monitor.knn_rows
-        callbacks.append(KNNMonitor(data, evaluation=evaluation, every_epochs=every, rows=rows))
+        callbacks.append(KNNMonitor(data, evaluation=judged, every_epochs=every, rows=rows))
     if monitor.diagnostics_every_epochs is not None:
         callbacks.append(Diagnostics(run.path, every_epochs=monitor.diagnostics_every_epochs))
     if monitor.moving_average is not None:
         callbacks.append(MovingAverage(monitor.moving_average))
     callbacks += [ProgressBar()] * options.progress_bar + [Recorder(table), saver]
+    last = run.last_checkpoint if run.last_checkpoint.is_file() else None
+    with _one_sentence(), _quiet():
+        trainer = _trainer(
+            options,
+            lit,
+            logger=[TensorBoardLogger(str(run.path), name="tensorboard", version="")]
+            if options.tensorboard
+            else False,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO(package)],
+            default_root_dir=str(run.path),
+        )
+        with _interruptible(saver, single=trainer.world_size == 1):
+            try:
+                trainer.fit(lit, ckpt_path=None if last is None else str(last))
+            except (MisconfigurationException, ValueError):
+                raise
+            except Exception as error:
+                if last is None or lit.started:
+                    raise
+                # Whatever a checkpoint that is whole, but not of this method or damaged inside, does to Lightning.
+                raise ValueError(f"{last} cannot be continued: {type(error).__name__}: {error}") from error
+    return table
+
+
+def _trainer(options: TrainerOptions, lit: LitMethod, **rest: Any) -> pl.Trainer:
     automatic = lit.automatic_optimization
     with _quiet():
-        trainer = pl.Trainer(
+        return pl.Trainer(
             max_epochs=options.max_epochs,
             max_steps=options.max_steps if automatic else -1,
             accelerator=options.accelerator,
@@ -329,21 +353,31 @@ def _train(
             gradient_clip_val=options.gradient_clip_val if automatic else None,
             limit_train_batches=options.limit_train_batches,
             deterministic=options.deterministic,
-            logger=[TensorBoardLogger(str(run.path), name="tensorboard", version="")]
-            if options.tensorboard
-            else False,
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO(package)],
-            default_root_dir=str(run.path),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            **{"logger": False, **rest},
         )
-        last = run.last_checkpoint
-        with _interruptible(saver, single=trainer.world_size == 1):
-            trainer.fit(lit, ckpt_path=str(last) if last.is_file() else None)
-    return table
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """What was asked for and cannot be done, as a ValueError of one line."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+@contextlib.contextmanager
+def _interruption_explained(run: RunFolder) -> Iterator[None]:
+    """Say after Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "the last checkpoint is kept" if run.last_checkpoint.is_file() else "no checkpoint was due yet"
+        raise KeyboardInterrupt(f"{kept}; go on with fit --resume {run.path}") from None
 
 
 def _device(options: TrainerOptions) -> str:
@@ -381,18 +415,17 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _described(method: Method, data: Data, settings: Mapping[str, Any], seed: int) -> str:
-    """What there is to write down of a run that was not started from a configuration."""
-    described = {
-        "model": artifacts.describe(method),
-        "data": f"{type(data).__module__}.{type(data).__qualname__}",
-        **{name: _plain(asdict(value)) for name, value in settings.items()},
-        "seed": seed,
-    }
-    return str(yaml.safe_dump(described, sort_keys=False))
+def _described(data: Data) -> dict[str, Any]:
+    """What there is to write down of data that came from no configuration."""
+    described = {"class": f"{type(data).__module__}.{type(data).__qualname__}"}
+    return {**described, "batch_size": data.batch_size, "num_workers": data.num_workers}
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(_plain(settings), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

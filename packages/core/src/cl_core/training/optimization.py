@@ -26,7 +26,7 @@ class Optimization:
         weight_decay: on matrices and filters; ``Method.parameter_groups`` exempts biases and norms.
         momentum: of "sgd".
         betas: of "adam" and "adamw".
-        schedule: "cosine" falls to zero at the last step, "constant" stays.
+        schedule: "cosine" falls towards zero, which the step after the last would use; "constant" stays.
         warmup_epochs: the rate rises linearly over this many epochs first; fractions allowed.
     """
 

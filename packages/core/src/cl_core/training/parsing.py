@@ -131,9 +131,9 @@ class Parser:
         """A parsed configuration as YAML."""
         kept = config.clone()
         for name in without:
-            if name in kept:
-                kept[name] = None
-        return str(self.parser.dump(kept))
+            kept.pop(name, None)
+        # By place: what says to keep explicit nulls has another name in each release.
+        return str(self.parser.dump(kept, "yaml", False))
 
     def explain(self, message: str) -> str:
         """One sentence for an error of the parser."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,26 +27,27 @@ class MetricsTable:
         self.path = path
         self.rows: list[dict[str, float]] = []
 
-    def read(self, *, up_to_step: int) -> None:
+    def read(self, *, up_to_step: float = math.inf) -> None:
         """Take back the rows of an earlier part of the run; later ones were not kept by any checkpoint."""
         self.rows = []
         if self.path.is_file():
             with self.path.open(newline="") as file:
                 rows = [
-                    {key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)
+                    {key: _short(float(value)) for key, value in row.items() if value}
+                    for row in csv.DictReader(file)
                 ]
             self.rows = [row for row in rows if row.get("step", 0) <= up_to_step]
 
     def append(self, row: dict[str, float]) -> None:
         """Add a row and write the file."""
-        self.rows.append(row)
+        self.rows.append({name: _short(value) for name, value in row.items()})
         columns = list(dict.fromkeys(name for entry in self.rows for name in entry))
 
         def write(file: Any) -> None:
             writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             writer.writeheader()
             for entry in self.rows:
-                writer.writerow({name: _short(value) for name, value in entry.items()})
+                writer.writerow(entry)
 
         write_atomically(self.path, text_of(write))
 
@@ -70,8 +72,8 @@ class Recorder(pl.Callback):
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Go on after the rows that belong to the restored state."""
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Go on after the rows that belong to the restored state, also where no step is left to do."""
         self.table.read(up_to_step=pl_module.steps_done)
 
     def on_train_batch_end(

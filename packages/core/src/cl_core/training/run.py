@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
 
 from cl_core.training.artifacts import is_export
 from cl_core.training.checkpoints import LAST
@@ -72,6 +77,28 @@ class RunFolder:
             raise FileNotFoundError(f"{path} is not a run: there is no config.yaml in it.")
         os.environ[_CHILD] = str(run.path.resolve())
         return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; the lock ends with the process at the latest.
+
+        Raises:
+            BlockingIOError: in one sentence, if another process holds it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise BlockingIOError(errno.EAGAIN, f"another process trains in {self.path}") from None
+        except NotImplementedError:
+            warnings.warn(
+                f"the file system of {self.path} has no locks: see to it that only one process trains there.",
+                stacklevel=3,
+            )
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration."""
