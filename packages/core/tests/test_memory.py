@@ -127,8 +127,52 @@ def test_a_queue_goes_on_exactly_after_a_file():
         assert (one.filled, one.pointer) == (queue.filled, queue.pointer)
         for name in ("embeddings", "labels", "ids"):
             assert torch.equal(getattr(one, name), getattr(queue, name))
-    with pytest.raises(ValueError, match=r"pointer 9 and 7 rows, which one of size 7 cannot have"):
+    with pytest.raises(ValueError, match=r"what a queue of size 7 can have, got pointer 9 and 7 rows\."):
         other.set_extra_state(torch.tensor([9, 7]))
+
+
+def filled_memories():
+    queue, bank = FeatureQueue(4, 3), InstanceBank(4, 3, generator=seeded(0))
+    prototypes = PrototypeBank(6, [2, 3], 3)
+    queue.enqueue(torch.randn(3, 3, generator=seeded(1)), ids=torch.arange(3))
+    bank.update(torch.arange(2), torch.randn(2, 3, generator=seeded(1)))
+    prototypes.refresh(torch.randn(6, 3, generator=seeded(1)), generator=seeded(1))
+    return queue, bank, prototypes
+
+
+@pytest.mark.parametrize(
+    ("which", "entry", "value", "message"),
+    [
+        (
+            0,
+            "_embeddings",
+            torch.zeros(8, 3),
+            r"must be torch.float32 of shape \(4, 3\), got torch.float32 of",
+        ),
+        (0, "_ids", torch.zeros(4), r"_ids must be torch.int64 of shape \(4,\), got torch.float32"),
+        (0, "_extra_state", torch.tensor([1, 3]), r"size 4 can have, got pointer 1 and 3 rows"),
+        (0, "_extra_state", torch.tensor([0.0, 4.0]), r"_extra_state must be two integers"),
+        (0, "_extra_state", 3, r"_extra_state must be two integers"),
+        (0, "_labels", None, r"Missing key\(s\) in state_dict: \"_labels\""),
+        (1, "_seen", [True] * 4, r"_seen must be torch.bool of shape \(4,\), got list\."),
+        (1, "_seen", None, r"Missing key\(s\)"),
+        (2, "_prototypes_1", torch.zeros(4, 3), r"_prototypes_1 must be"),
+    ],
+)
+def test_a_refused_state_changes_nothing(which, entry, value, message):
+    memory, untouched = filled_memories()[which], filled_memories()[which].state_dict()
+    state = type(memory)(*((4, 3), (4, 3), (6, [2, 3], 3))[which]).state_dict()
+    if value is None:
+        del state[entry]
+    else:
+        state[entry] = value
+    holder = torch.nn.ModuleDict({"memory": memory})
+    with pytest.raises(RuntimeError, match=message):
+        memory.load_state_dict(state)
+    with pytest.raises(RuntimeError):
+        holder.load_state_dict({f"memory.{name}": entry for name, entry in state.items()})
+    for name, tensor in memory.state_dict().items():  # rows that nobody had read included
+        assert torch.equal(tensor, untouched[name])
 
 
 def test_a_conversion_takes_unread_rows_along():
@@ -139,8 +183,10 @@ def test_a_conversion_takes_unread_rows_along():
     assert torch.equal(queue.embeddings, rounded)
     queue.double()
     queue.enqueue(torch.full((2, 2), 1 / 3))
-    assert queue.embeddings.dtype == torch.float64
+    assert queue.embeddings.dtype == queue.dtype == torch.float64
     assert queue.embeddings.unique().numel() == 2
+    assert "dtype=torch.float64" in repr(queue)
+    assert InstanceBank(3, 2).half().dtype == PrototypeBank(3, [2], 2).half().dtype == torch.float16
 
 
 def test_backward_after_enqueue():
@@ -157,6 +203,51 @@ def test_backward_after_enqueue():
     assert queue.filled == 4  # read again
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
+
+
+@pytest.mark.parametrize("rows", [[3, 3], [1, 9, 2], [4, 1, 1, 1, 1, 1]])
+def test_backward_after_more_rows_than_a_memory_holds(rows):
+    generator = seeded(0)
+    queue, bank = FeatureQueue(4, 3), InstanceBank(4, 3, generator=generator)
+    queue.enqueue(torch.randn(3, 3, generator=generator), ids=torch.arange(3))
+    often = copy.deepcopy(queue), copy.deepcopy(bank)
+    query = torch.randn(2, 3, requires_grad=True)
+    held = torch.cat([queue.embeddings, bank.embeddings]).clone()
+    loss = (query @ queue.embeddings.T).sum() + (query @ bank.embeddings.T).sum()
+    for count in rows:
+        z, index = torch.randn(count, 3, generator=generator), torch.arange(count) % 4
+        for one, other in ((queue, bank), often):
+            one.enqueue(z, ids=index)
+            other.update(index, z)
+        assert (
+            len(often[0].embeddings) == often[0].filled and len(often[1].embeddings) == 4
+        )  # read every time
+    loss.backward()
+    torch.testing.assert_close(query.grad, held.sum(0).expand(2, 3))
+    assert (queue.filled, queue.pointer) == (often[0].filled, often[0].pointer)
+    assert torch.equal(queue.embeddings, often[0].embeddings)
+    assert torch.equal(queue.ids, often[0].ids)
+    assert torch.equal(bank.embeddings, often[1].embeddings)
+    assert torch.equal(bank.seen, often[1].seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_bank_rows_stay_where_there_is_no_direction(dtype):
+    bank = InstanceBank(20, 5, dtype=dtype, generator=seeded(0))
+    every, z = torch.arange(20), torch.randn(20, 5, generator=seeded(1))
+    start = bank.lookup(every)
+    bank.update(every, torch.zeros(20, 5))
+    assert torch.equal(bank.embeddings, start)
+    assert not bank.seen.any()
+    bank.update(every, z)
+    first = bank.lookup(every)
+    torch.testing.assert_close(first, unit(z).to(dtype))
+    for opposite in (-z, -first, torch.zeros(20, 5)):
+        bank.update(every, opposite)
+        torch.testing.assert_close(bank.embeddings, first)
+    bank.update(every, z.roll(1, 1))
+    torch.testing.assert_close(bank.embeddings.float().norm(dim=1), torch.ones(20), rtol=0.01, atol=0)
+    assert not torch.allclose(bank.embeddings, first)
 
 
 def test_bank_follows_its_samples():
@@ -347,6 +438,8 @@ def test_memories_are_equal_on_all_ranks(world_size, ranks):
             lambda: InstanceBank(4, 3).update(torch.tensor([4]), torch.ones(1, 3)),
             r"index must lie in 0 \.\. 3, got a value outside\.",
         ),
+        (lambda: InstanceBank(4, 3).lookup(torch.tensor(1)), r"index must have shape \(N,\), got \(\)\."),
+        (lambda: InstanceBank(4, 3).lookup(torch.ones(1, 1).long()), r"index must have shape \(N,\), got"),
         (lambda: PrototypeBank(4, [], 3), r"num_prototypes must name at least one granularity, got none\."),
         (lambda: PrototypeBank(4, [2], 3).refresh(torch.ones(3, 3)), r"z must hold all 4 samples"),
         (lambda: PrototypeBank(4, [2], 3, clip=0.7), r"clip must lie in \[0, 0\.5\], got 0\.7\."),

@@ -1,6 +1,7 @@
 """Memories of embeddings: a queue of recent rows, a bank of one row a sample, a bank of cluster prototypes.
 
-All of their state is in their ``state_dict``, so that a resumed run goes on exactly where it was.
+All of their state is in their ``state_dict``, so that a resumed run goes on exactly where it was. A state that is
+refused, or lacks an entry, changes nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from cl_core.distributed import Shard, resolve, shard
 
 
 class _Memory(nn.Module):
-    """A module whose rows are written when they are next read.
+    """A module that loads all of a state or nothing, and whose rows are written when they are next read.
 
     A training step reads the memory, compares with it, hands in its new rows and only then runs backward. Writing
     at once would change rows that the backward still needs; copying the memory for each step is what this avoids.
     """
+
+    _entries: tuple[str, ...] = ()  # of the state, beside the buffers
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,9 +44,31 @@ class _Memory(nn.Module):
         self._settle()
         super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._pending.clear()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        *_, missing, _, errors = args
+        names = (*self._buffers, *self._entries)
+        absent = [prefix + name for name in names if prefix + name not in state_dict]
+        given = {name: state_dict.get(prefix + name) for name in names}
+        refused = [] if absent else [prefix + sentence for sentence in self._refusals(given)]
+        missing.extend(absent)
+        errors.extend(refused)
+        if not absent and not refused:
+            self._pending.clear()
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _refusals(self, given: dict[str, Any]) -> list[str]:
+        """A sentence for each entry that does not fit."""
+        refused = []
+        for name, held in self._buffers.items():
+            assert held is not None
+            entry = given[name]
+            got = type(entry).__name__
+            if isinstance(entry, Tensor):
+                if entry.shape == held.shape and entry.is_floating_point() == held.is_floating_point():
+                    continue
+                got = f"{entry.dtype} of shape {tuple(entry.shape)}"
+            refused.append(f"{name} must be {held.dtype} of shape {tuple(held.shape)}, got {got}.")
+        return refused
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._settle()
@@ -58,8 +83,8 @@ class FeatureQueue(_Memory):
     and row ``pointer`` from then on.
 
     Rows handed in by :meth:`enqueue` are written when the queue is next read. A loss on ``embeddings`` can therefore be
-    differentiated after ``enqueue``; after the queue has been read again, torch refuses to (it never uses the
-    changed rows). Without a group, ranks hold different queues: build ``DistributedDataParallel`` with
+    differentiated after any number of ``enqueue``; after the queue has been read again, torch refuses to (it never uses
+    the changed rows). Without a group, ranks hold different queues: build ``DistributedDataParallel`` with
     ``broadcast_buffers=False`` then, or it replaces their rows by those of rank 0.
 
     Args:
@@ -75,6 +100,7 @@ class FeatureQueue(_Memory):
     _embeddings: Tensor
     _labels: Tensor
     _ids: Tensor
+    _entries = ("_extra_state",)
 
     def __init__(
         self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, normalize: bool = True
@@ -82,7 +108,7 @@ class FeatureQueue(_Memory):
         super().__init__()
         _checks.count("size", size)
         _checks.count("dim", dim)
-        self.size, self.dim, self.dtype, self.normalize = size, dim, dtype, normalize
+        self.size, self.dim, self.normalize = size, dim, normalize
         self._pointer = self._filled = 0
         self.register_buffer("_embeddings", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("_labels", torch.full((size,), -1, dtype=torch.int64))
@@ -114,9 +140,15 @@ class FeatureQueue(_Memory):
                 keys[:, column] = values
         # A copy in any case: the caller may change z before it is written.
         rows = (_rows.unit(z) if self.normalize else z.clone()).to(self._embeddings.dtype)
-        self._pending.append(_gather(group, rows, keys))
-        if sum(len(rows) for rows, _ in self._pending) > self.size:  # nobody reads: do not let it grow
-            self._settle()
+        rows, keys = _gather(group, rows, keys)
+        if len(rows):
+            self._pending.append((rows, keys))
+        self._forget(sum(len(rows) for rows, _ in self._pending) - self.size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows held."""
+        return self._embeddings.dtype
 
     @property
     def embeddings(self) -> Tensor:
@@ -163,33 +195,54 @@ class FeatureQueue(_Memory):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what :meth:`get_extra_state` gave."""
-        pointer, filled = state.tolist()
-        if not (0 <= pointer < self.size and (filled == self.size or filled == pointer)):
-            raise ValueError(
-                f"the saved queue has pointer {pointer} and {filled} rows, which one of size {self.size} cannot have."
-            )
-        self._pointer, self._filled = pointer, filled
+        self._check_extra_state(state)
+        self._pointer, self._filled = state.tolist()
 
     def extra_repr(self) -> str:
         """Show the constructor's arguments."""
         return f"size={self.size}, dim={self.dim}, dtype={self.dtype}, normalize={self.normalize}"
 
+    def _check_extra_state(self, state: Any) -> None:
+        if not isinstance(state, Tensor) or state.shape != (2,) or state.is_floating_point():
+            raise ValueError("_extra_state must be two integers, pointer and rows held, got something else.")
+        pointer, filled = state.tolist()
+        if not (0 <= pointer < self.size and (filled == self.size or filled == pointer)):
+            raise ValueError(
+                f"_extra_state must be what a queue of size {self.size} can have, got pointer {pointer} and "
+                f"{filled} rows."
+            )
+
+    def _refusals(self, given: dict[str, Any]) -> list[str]:
+        refused = super()._refusals(given)
+        try:
+            self._check_extra_state(given["_extra_state"])
+        except ValueError as error:
+            refused.append(str(error))
+        return refused
+
+    def _forget(self, surplus: int) -> None:
+        """Drop the oldest unread rows; those after them will have overwritten all that these would have."""
+        while surplus > 0:
+            dropped = min(surplus, len(self._pending[0][0]))
+            rest = [rows[dropped:] for rows in self._pending.pop(0)]
+            if len(rest[0]):
+                self._pending.insert(0, tuple(rest))
+            self._pointer = (self._pointer + dropped) % self.size
+            surplus -= dropped
+
     def _write(self, *rows: Tensor) -> None:
         embeddings, keys = rows
-        end = self._pointer + len(embeddings)
-        kept = min(len(embeddings), self.size)
-        start = (end - kept) % self.size
-        before_wrap = min(kept, self.size - start)
+        count = len(embeddings)
+        before_wrap = min(count, self.size - self._pointer)
         for buffer, new in (
             (self._embeddings, embeddings),
             (self._labels, keys[:, 0]),
             (self._ids, keys[:, 1]),
         ):
-            new = new[len(new) - kept :]
-            buffer[start : start + before_wrap] = new[:before_wrap]
-            buffer[: kept - before_wrap] = new[before_wrap:]
-        self._pointer = end % self.size
-        self._filled = min(self.size, self._filled + len(embeddings))
+            buffer[self._pointer : self._pointer + before_wrap] = new[:before_wrap]
+            buffer[: count - before_wrap] = new[before_wrap:]
+        self._pointer = (self._pointer + count) % self.size
+        self._filled = min(self.size, self._filled + count)
 
 
 class InstanceBank(_Memory):
@@ -197,8 +250,9 @@ class InstanceBank(_Memory):
 
         row <- unit(momentum * row + (1 - momentum) * unit(z))
 
-    Rows start as random directions; the first embedding of a sample replaces its row outright. Of several rows for one
-    sample in a call the last counts. Written when next read, as :class:`FeatureQueue`.
+    Rows start as random directions; the first embedding of a sample replaces its row outright. Where there is no
+    direction to follow, the row stays: a zero embedding, or one opposite to the row at momentum 0.5. Of several rows
+    for one sample in a call the last counts. Written when next read, as :class:`FeatureQueue`.
 
     Args:
         num_samples: number of rows.
@@ -228,7 +282,7 @@ class InstanceBank(_Memory):
         _checks.count("dim", dim)
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}.")
-        self.num_samples, self.dim, self.momentum, self.dtype = num_samples, dim, momentum, dtype
+        self.num_samples, self.dim, self.momentum = num_samples, dim, momentum
         start = torch.randn(num_samples, dim, generator=generator)
         self.register_buffer("_embeddings", _rows.unit(start).to(dtype))
         self.register_buffer("_seen", torch.zeros(num_samples, dtype=torch.bool))
@@ -245,20 +299,30 @@ class InstanceBank(_Memory):
         Raises:
             ValueError: if z is not a finite (N, D) matrix on the bank's device or an index is out of range.
 
-        Cost: O(N D).
+        Cost: O(N D); a copy of the bank each time that more than ``num_samples`` rows came in unread.
         """
         _check_rows(z, self._embeddings)
         _checks.labels("index", index, rows=len(z), of="z", device=z.device)
         _check_range("index", index, self.num_samples)
         self._pending.append(_gather(group, index.long(), _rows.unit(z)))
         if sum(len(index) for index, _ in self._pending) > self.num_samples:
+            # Nobody reads: do not let it grow, but leave the rows that a backward may still need.
+            self._embeddings, self._seen = self._embeddings.clone(), self._seen.clone()
             self._settle()
 
     def lookup(self, index: Tensor) -> Tensor:
         """Rows of some samples: a copy of shape (N, D) for integers of shape (N,)."""
-        _checks.labels("index", index, rows=len(index), of="index", device=self._embeddings.device)
+        rows = index.numel() if isinstance(index, Tensor) else 0
+        if isinstance(index, Tensor) and index.ndim != 1:
+            raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}.")
+        _checks.labels("index", index, rows=rows, of="index", device=self._embeddings.device)
         _check_range("index", index, self.num_samples)
         return self.embeddings[index.long()]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows."""
+        return self._embeddings.dtype
 
     @property
     def embeddings(self) -> Tensor:
@@ -281,14 +345,18 @@ class InstanceBank(_Memory):
         # Every row for a sample writes the value of the last one, so that the order of writing does not matter.
         ascending, order = index.sort(stable=True)
         z = z[order[torch.searchsorted(ascending, index, right=True) - 1]]
+        # What rounding leaves of rows that cancel is no direction.
+        rounding = 4 * max(torch.finfo(z.dtype).eps, torch.finfo(self.dtype).eps)
+        z = z.to(torch.promote_types(z.dtype, self.dtype))
         old = self._embeddings[index].to(z.dtype)
-        mixed = _rows.unit(torch.lerp(z, old, self.momentum))
-        seen = self._seen[index][:, None]
-        self._embeddings[index] = torch.where(seen, mixed, z).to(self._embeddings.dtype)
-        self._seen[index] = True
+        seen = self._seen[index]
+        new = torch.where(seen[:, None], torch.lerp(z, old, self.momentum), z)
+        clear = new.norm(dim=1) > rounding
+        self._embeddings[index] = torch.where(clear[:, None], _rows.unit(new), old).to(self.dtype)
+        self._seen[index] = seen | clear
 
 
-class PrototypeBank(nn.Module):
+class PrototypeBank(_Memory):
     r"""Cluster centres of a data set's embeddings, at one or more granularities.
 
     :meth:`refresh`, called now and then (each epoch), clusters all embeddings by spherical k-means. Each prototype c
@@ -340,13 +408,18 @@ class PrototypeBank(nn.Module):
         if not num_prototypes:
             raise ValueError("num_prototypes must name at least one granularity, got none.")
         self.num_samples, self.num_prototypes, self.dim = num_samples, tuple(num_prototypes), dim
-        self.temperature, self.smoothing, self.clip, self.dtype = temperature, smoothing, clip, dtype
+        self.temperature, self.smoothing, self.clip = temperature, smoothing, clip
         for level, count in enumerate(self.num_prototypes):
             _checks.count("num_prototypes", count)
             self.register_buffer(f"_prototypes_{level}", torch.zeros(count, dim, dtype=dtype))
             self.register_buffer(f"_concentrations_{level}", torch.full((count,), temperature, dtype=dtype))
         start = torch.full((len(self.num_prototypes), num_samples), -1, dtype=torch.int64)
         self.register_buffer("assignments", start)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the prototypes."""
+        return self.prototypes[0].dtype
 
     @property
     def prototypes(self) -> list[Tensor]:
