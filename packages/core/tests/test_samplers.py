@@ -202,6 +202,27 @@ def test_samples_per_class_uses_up_a_class_before_it_repeats():
     assert sorted(rows) == list(range(96))
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3, 4, 6, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_row_of_a_class_comes_before_any_comes_again(samples, seed):
+    # Classes of 1 to 9 rows, many passes an epoch, and a large one that sets the length of the epoch.
+    labels = torch.cat([torch.arange(1, 10).repeat_interleave(torch.arange(1, 10)), torch.zeros(900).long()])
+    sizes = Counter(labels.tolist())
+    sampler = SamplesPerClassBatchSampler(labels, 2 * samples, samples_per_class=samples, seed=seed)
+    used: dict[int, list[int]] = {}
+    for batch in sampler:
+        for rows in zip(*[iter(batch)] * samples, strict=True):
+            label = int(labels[rows[0]])
+            used.setdefault(label, []).extend(rows)
+            times = [rows.count(row) for row in (labels == label).nonzero().flatten().tolist()]
+            assert max(times) - min(times) <= 1, f"a set of {samples} of {sizes[label]} rows is uneven"
+    for label, rows in used.items():
+        size = sizes[label]
+        passes = [rows[start : start + size] for start in range(0, len(rows), size)]
+        assert all(len(set(whole)) == len(whole) for whole in passes), f"class of {size} rows"
+        assert len(passes) > 2 or label == 0
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_class_balanced(seed):
     labels = skewed(seed=seed)
@@ -215,6 +236,8 @@ def test_class_balanced(seed):
     for label, size in sizes.items():
         times = [of_row[row] for row in (labels == label).nonzero().flatten().tolist()]
         assert max(times) - min(times) <= 1, f"class of {size} rows is not used evenly"
+        of_label = [row for row in rows if labels[row] == label]
+        assert len(set(of_label[:size])) == min(size, len(of_label)), "a row came again before all had come"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -400,12 +423,40 @@ def test_state_of_another_sampler_is_refused():
     sampler = EpochBatchSampler(40, 4)
     with pytest.raises(ValueError, match="with 10 batches an epoch, got one with 5"):
         sampler.load_state_dict(EpochBatchSampler(40, 8).state_dict())
-    with pytest.raises(ValueError, match="got one without seed, epoch, batches"):
-        sampler.load_state_dict({"start_batch": 3})
     with pytest.raises(ValueError, match="start_batch must be at most the 10 batches of an epoch, got 11"):
         sampler.start_batch = 11
     with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
         sampler.set_epoch(-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, r"state must hold seed, epoch, start_batch, batches, got NoneType\."),
+        ({}, r"state must hold seed, epoch, start_batch, batches, got nothing\."),
+        ({"start_batch": 3}, r"state must hold seed, epoch, start_batch, batches, got start_batch\."),
+        ({"surplus": 3}, r"got seed, epoch, start_batch, batches, surplus\."),
+        ({"seed": -1}, r"integers >= 0, got -1 for seed\."),
+        ({"epoch": 1.0}, r"integers >= 0, got 1\.0 for epoch\."),
+        ({"epoch": True}, r"integers >= 0, got True for epoch\."),
+        ({"start_batch": "2"}, r"integers >= 0, got '2' for start_batch\."),
+        ({"start_batch": -2}, r"integers >= 0, got -2 for start_batch\."),
+        ({"start_batch": 11}, r"start_batch must be at most the 10 batches of an epoch, got 11\."),
+        ({"batches": 9}, r"with 10 batches an epoch, got one with 9\."),
+    ],
+)
+def test_a_refused_state_changes_nothing(change, message):
+    sampler = EpochBatchSampler(40, 4, seed=3)
+    sampler.set_epoch(2)
+    sampler.start_batch = 4
+    before = sampler.state_dict()
+    whole = {"seed": 7, "epoch": 5, "start_batch": 1, "batches": 10}
+    partial_state = change is None or change in ({}, {"start_batch": 3})
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict(change if partial_state else whole | change)
+    assert sampler.state_dict() == before
+    sampler.load_state_dict(whole)
+    assert sampler.state_dict() == whole
 
 
 @pytest.mark.parametrize("kind", ["ids", "pairs", "samples", "balanced", "hard"])

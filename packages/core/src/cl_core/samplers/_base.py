@@ -118,20 +118,24 @@ class DistributedBatchSampler(Sampler[list[int]], ABC):
         """Go on where :meth:`state_dict` was taken: same seed, same epoch, next batch.
 
         Raises:
-            ValueError: if an entry is missing, or if the state counts another number of batches an epoch (so
-                other data, batch size or number of processes) and its position means nothing here.
+            ValueError: if the state is not one of a sampler, or counts another number of batches an epoch (so other
+                data, batch size or number of processes) and its position means nothing here. Nothing changes then.
         """
-        missing = [key for key in ("seed", "epoch", "start_batch", "batches") if key not in state]
-        if missing:
-            raise ValueError(f"state must be a sampler's state_dict(), got one without {', '.join(missing)}.")
+        expected = self.state_dict()
+        if not isinstance(state, dict) or state.keys() != expected.keys():
+            got = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state must hold {', '.join(expected)}, got {got or 'nothing'}.")
+        for name, value in state.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"state must hold integers >= 0, got {value!r:.40} for {name}.")
         if state["batches"] != len(self):
             raise ValueError(
                 f"state must come from a sampler with {len(self)} batches an epoch, "
                 f"got one with {state['batches']}."
             )
+        self.start_batch = state["start_batch"]  # refuses one beyond the epoch
         self.seed = state["seed"]
         self.epoch = state["epoch"]
-        self.start_batch = state["start_batch"]
 
     def _generator(self) -> torch.Generator:
         # A hash, because seed + epoch would give seed 0 in epoch 1 the order of seed 1 in epoch 0.

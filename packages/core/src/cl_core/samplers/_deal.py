@@ -58,3 +58,10 @@ def runs(counts: Tensor) -> Tensor:
     """0, 1, ... within every run: (2, 3) gives 0 1 0 1 2."""
     starts = counts.cumsum(0) - counts
     return torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
+
+
+def ascending(numbers: Tensor, counts: Tensor) -> Tensor:
+    """``numbers`` >= 0 sorted within every run of ``counts`` of them."""
+    above = int(numbers.max()) + 1
+    run = torch.arange(len(counts)).repeat_interleave(counts)
+    return (run * above + numbers).sort().values % above

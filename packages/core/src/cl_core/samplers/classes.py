@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_core import _checks
 from cl_core.samplers._base import DistributedBatchSampler, full_batches, integer_vector, resolve_ranks
-from cl_core.samplers._deal import by_batch, deal, runs
+from cl_core.samplers._deal import ascending, by_batch, deal, runs
 
 
 class SamplesPerClassBatchSampler(DistributedBatchSampler):
@@ -81,7 +81,8 @@ class SamplesPerClassBatchSampler(DistributedBatchSampler):
         starts = units.cumsum(0) - units
         dealt = units[order]
         unit_of = starts[order].repeat_interleave(dealt) + runs(dealt)
-        return by_batch(rows[unit_of], deal(dealt, batches, generator), batches)
+        batch_of = ascending(deal(dealt, batches, generator), dealt)
+        return by_batch(rows[unit_of], batch_of, batches)
 
 
 class ClassBalancedBatchSampler(DistributedBatchSampler):
@@ -128,8 +129,10 @@ class ClassBalancedBatchSampler(DistributedBatchSampler):
         if self.drop_last:
             places = len(self) * self.global_batch_size
         shares = _even_shares(places, len(self._rows.sizes), generator)
-        rows = self._rows.draw(shares, 1, generator).flatten()
-        return torch.split(rows[torch.randperm(places, generator=generator)], self.global_batch_size)
+        line = torch.empty(places, dtype=torch.int64)
+        place = ascending(torch.randperm(places, generator=generator), shares)
+        line[place] = self._rows.draw(shares, 1, generator).flatten()
+        return torch.split(line, self.global_batch_size)
 
 
 class _RowsByClass:
@@ -145,23 +148,54 @@ class _RowsByClass:
     def draw(self, units: Tensor, samples: int, generator: torch.Generator) -> Tensor:
         """``units[c]`` sets of ``samples`` rows for every class c, class after class, shape (sum, samples).
 
-        A class passes through its rows again and again, in a new order each time. In a class with at least
-        ``samples`` rows a pass leaves out the rows that fill no set, so that a set never holds a row twice.
+        A class passes through its rows again and again, in a new order each time, and each pass goes on where the
+        last one ended: in the middle of a set, perhaps. Such a set ends with rows other than those it began with,
+        as far as there are others, so that in a class with at least ``samples`` rows no set holds a row twice.
         """
-        used = torch.where(self.sizes >= samples, self.sizes // samples * samples, self.sizes)
-        passes = -(-units * samples // used)
-        lengths = self.sizes.repeat_interleave(passes)  # of every pass of every class
-        of_pass = torch.arange(len(lengths)).repeat_interleave(lengths)
-        within = runs(lengths)
-        starts = (self.sizes.cumsum(0) - self.sizes).repeat_interleave(passes)
-        rows = self.rows[starts[of_pass] + within]
+        passes = -(-units * samples // self.sizes)
+        size = self.sizes.repeat_interleave(passes)  # of every pass of every class
+        start = size.cumsum(0) - size
+        of_pass = torch.arange(len(size)).repeat_interleave(size)
         # Sorting a shuffled list stably by pass leaves every pass where it was, in a random order.
-        shuffle = torch.randperm(len(rows), generator=generator)
-        rows = rows[shuffle[of_pass[shuffle].argsort(stable=True)]]
-        rows = rows[within < used.repeat_interleave(passes)[of_pass]]
-        drawn = used * passes
-        rows = rows[runs(drawn) < (units * samples).repeat_interleave(drawn)]
-        return rows.reshape(-1, samples)
+        shuffle = torch.randperm(len(of_pass), generator=generator)
+        order = runs(size)[shuffle[of_pass[shuffle].argsort(stable=True)]]
+        # A pass depends on the one before only until sets and passes end together.
+        in_cycle = runs(passes) % (samples // torch.gcd(self.sizes, torch.tensor(samples))).repeat_interleave(
+            passes
+        )
+        for number in range(1, samples):
+            chosen = in_cycle == number
+            if not chosen.any():
+                break
+            _complete_sets(order, start[chosen], size[chosen], number * size[chosen], samples)
+        rows = self.rows[(self.sizes.cumsum(0) - self.sizes).repeat_interleave(self.sizes * passes) + order]
+        drawn = self.sizes * passes
+        return rows[runs(drawn) < (units * samples).repeat_interleave(drawn)].view(-1, samples)
+
+
+def _complete_sets(order: Tensor, start: Tensor, size: Tensor, before: Tensor, samples: int) -> None:
+    """Move to the front of some passes, in place, rows that their first set does not hold yet.
+
+    Args:
+        order: the passes of all classes, one after another, as numbers of the class's rows.
+        start: where in ``order`` the chosen passes start.
+        size: their lengths.
+        before: rows of the class since a set last began with a pass.
+        samples: rows of a set.
+    """
+    begun = before % samples  # rows that the set has already
+    tail = (
+        begun % size
+    )  # of them, those of the pass in which it began; whole passes since then rule nothing out
+    held = torch.zeros(len(order), dtype=torch.bool)
+    held[start.repeat_interleave(tail) + order[(start - begun).repeat_interleave(tail) + runs(tail)]] = True
+    place = start.repeat_interleave(size) + runs(size)
+    other = ~held[start.repeat_interleave(size) + order[place]]
+    rank = other.cumsum(0)
+    rank -= (rank - other.long())[size.cumsum(0) - size].repeat_interleave(size)
+    first = other & (rank <= (samples - begun).repeat_interleave(size))
+    key = 2 * torch.arange(len(size)).repeat_interleave(size) + ~first
+    order[place] = order[place[key.argsort(stable=True)]]
 
 
 def _even_shares(total: int, classes: int, generator: torch.Generator) -> Tensor:
