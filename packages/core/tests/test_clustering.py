@@ -169,6 +169,28 @@ def test_far_from_the_origin_and_in_half_precision():
     assert inside.inertia == near.inertia
 
 
+@pytest.mark.parametrize("exponent", [-120, -80, 50, 83, 124])
+def test_rows_of_any_size(exponent):
+    unit = 2.0**exponent  # rounds nothing
+    z, start = blobs(7), blobs(7)[:6]
+    for initial in (None, start):
+        scaled = None if initial is None else initial * unit
+        result = kmeans(z * unit, 6, initial=scaled, generator=seeded(0))
+        expected = kmeans(z, 6, initial=initial, generator=seeded(0))
+        assert torch.equal(result.assignments, expected.assignments)
+        torch.testing.assert_close(result.centroids / unit, expected.centroids, rtol=1e-6, atol=0)
+        assert result.inertia == pytest.approx(expected.inertia * unit * unit, rel=1e-6)
+    if exponent > -80:
+        index, squared = nearest_centroid(z * unit, start * unit)
+        expected_index, expected_squared = nearest_centroid(z, start)
+        assert torch.equal(index, expected_index)
+        assert torch.equal(squared, expected_squared * unit * unit)
+    beyond = nearest_centroid(
+        z, torch.stack([z[0] * 2.0**100, z[0]])
+    )  # far away, and its square not a number
+    assert beyond[0].eq(1).all()
+
+
 def test_seeding_from_a_part_of_many_rows(monkeypatch):
     monkeypatch.setattr(clustering, "_SEEDING_ROWS", 100)
     z = blobs(8, rows=2000)

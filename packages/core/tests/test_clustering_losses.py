@@ -90,6 +90,32 @@ def test_large_scores_of_any_type_stay_finite(dtype):
         torch.testing.assert_close(codes.sum(1), torch.ones(9))
 
 
+@pytest.mark.parametrize("epsilon", [1e-30, 0.05, 100.0])
+def test_scores_up_to_the_limit_stay_finite_and_beyond_it_are_refused(epsilon):
+    limit = torch.finfo(torch.float32).max / 8 * min(epsilon, 8)
+    scores = limit * cosines(9, 4).float().sign() * torch.linspace(0, 1, 36).view(9, 4)
+    scores[0] = torch.tensor([-limit, -limit, limit, -limit])
+    codes = sinkhorn(scores, epsilon=epsilon, iterations=10)
+    torch.testing.assert_close(codes.sum(1), torch.ones(9))
+    torch.testing.assert_close(codes[0], torch.eye(4)[2])
+    loss = swav_loss(scores, scores.flip(1), epsilon=epsilon, temperature=torch.tensor(max(epsilon, 0.1)))
+    assert loss.isfinite()
+    beyond = scores * 1.001
+    if epsilon < 8:
+        message = (
+            r"^scores must be at most 4e\+37 in absolute value once divided by epsilon, got a larger one\.$"
+        )
+        with pytest.raises(ValueError, match=message):
+            sinkhorn(beyond, epsilon=epsilon)
+        with pytest.raises(ValueError, match=r"^queue\[1\] must be .* divided by epsilon"):
+            swav_loss(scores, scores, queue=[scores, beyond], epsilon=epsilon)
+    for temperature in (epsilon / 2, torch.tensor(epsilon / 2)):
+        if epsilon < 8:
+            with pytest.raises(ValueError, match=r"^scores\[0\] must be .* divided by temperature"):
+                swav_loss(scores, scores, epsilon=epsilon, temperature=temperature)
+    assert sinkhorn(1.001 * scores.double(), epsilon=epsilon).isfinite().all()
+
+
 def test_codes_are_constants_and_scores_stay():
     scores = cosines(6, 3).requires_grad_()
     before = scores.detach().clone()
@@ -236,6 +262,30 @@ def test_a_row_close_to_its_prototype_keeps_its_precision(impl):
     assert loss.item() == pytest.approx(2 * math.exp(-25), rel=1e-4)
 
 
+@pytest.mark.parametrize("impl", ["dense", "tiled"])
+def test_the_smallest_concentrations_are_right(impl):
+    z, centres, index, _ = (t.detach() for t in clustered(0))
+    least = torch.finfo(torch.float32).tiny
+    phi = least * torch.tensor([1.0, 2.0, 3.0, 4.0, 1.0])
+    given = [t.float().requires_grad_() for t in (z, centres)]
+    each = prototype_nce_loss(*given, index, concentration=phi, reduction="none", impl=impl)
+    assert each.count_nonzero() > 0
+    torch.testing.assert_close(
+        each.double(), naive_nce(z, centres, index, phi.double()), rtol=1e-5, atol=least**-1 * 1e-6
+    )
+    if impl == "dense":
+        each.mean().backward()
+        assert all(t.grad.isfinite().all() for t in given)
+        assert all(t.grad.count_nonzero() for t in given)
+    for small in (
+        {"concentration": phi / 2},
+        {"temperature": least / 2},
+        {"temperature": torch.tensor(least / 2)},
+    ):
+        with pytest.raises(ValueError, match=r"must be at least 1\.1[78][^ ]*e-38, got"):
+            prototype_nce_loss(*given, index, **small)
+
+
 def test_rows_without_a_prototype_do_not_count():
     z, centres, index, _ = clustered(0)
     index[[1, 4]] = torch.tensor([-1, -100])
@@ -319,6 +369,12 @@ def test_group_contracts_of_other_settings(ranks):
         ({"prototypes": [torch.ones(5, 4)] * 2}, "must be given for the same clusterings"),
         ({"concentration": torch.ones(4)}, r"concentration must be a tensor of shape \(5,\), got \(4,\)"),
         ({"concentration": torch.zeros(5)}, "concentration must be finite and > 0"),
+        (
+            {"concentration": torch.full((5,), 1e-310, dtype=torch.float64)},
+            "concentration must be at least 2.23e-308, got a smaller",
+        ),
+        ({"temperature": 1e-310}, "temperature must be at least 2.2250738585072014e-308, got 1e-310"),
+        ({"temperature": torch.tensor(1e-310).double()}, "temperature must be"),
         ({"concentration": [0.1]}, r"concentration must be a tensor of shape \(5,\), got float"),
     ],
 )

@@ -88,6 +88,13 @@ def test_knn_is_finite_at_extremes(dtype):
     if dtype == torch.float32:
         expected = knn_predict(train, labels, train[:9], k=3)
         assert torch.equal(expected, knn_predict(train * 1e20, labels, train[:9] * 1e-20, k=3))
+    for temperature in (1e-40, 1e-300):  # neither is a float32 number with all its digits
+        hard, classes = knn_scores(train, labels, train[:9], temperature=temperature)
+        torch.testing.assert_close(hard.sum(1), torch.ones(9))
+        nearest = (hard > 0).nonzero()  # equally near ones share the vote
+        assert (labels[nearest[:, 0]] == classes[nearest[:, 1]]).any()
+        own = (labels[:9, None] == classes).long().argmax(1)
+        assert (hard[torch.arange(9), own] > 0).all()
     zero = torch.zeros(1, train.shape[1], dtype=dtype)
     assert knn_scores(train, labels, zero)[0].isfinite().all()
 

@@ -83,6 +83,34 @@ def test_a_common_offset_of_the_rows_does_not_matter(loss):
     torch.testing.assert_close(shifted, loss(z1, z2), rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [14, 17, 24, 33, 36])
+def test_barlow_twins_of_large_views_has_the_gradient_of_its_definition(dtype, exponent):
+    scale = torch.tensor([1.0, 10.0**exponent, 10.0 ** (exponent / 2), 1e-3])  # features of their own size
+    given = [(z * scale).to(dtype).requires_grad_() for z in views(1, 12, 4)]
+    barlow_twins_loss(*given).backward()
+    exact = [z.detach().double().requires_grad_() for z in given]
+    expected = naive_barlow(*exact, 0.005)
+    expected.backward()
+    torch.testing.assert_close(barlow_twins_loss(*given).double(), expected, rtol=1e-5, atol=0)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    for z, reference in zip(given, exact, strict=True):
+        # In units in which all features weigh the same.
+        found, wanted = z.grad.double() * scale, reference.grad * scale
+        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+
+
+def test_views_too_large_for_vicreg_are_refused():
+    z1, z2 = views(0, 9, 4, torch.float32)
+    assert vicreg_loss(1e8 * z1, 1e8 * z2).isfinite()
+    for scale in (1e10, 1e15, 1e25):
+        with pytest.raises(
+            ValueError, match=r"^z1 and z2 must be small enough .* in torch\.float32, got larger"
+        ):
+            vicreg_loss(scale * z1, scale * z2)
+        assert vicreg_loss(scale * z1.double(), scale * z2.double()).isfinite()
+
+
 @LOSSES
 @pytest.mark.parametrize("value", [0.0, 7.0])
 def test_a_constant_feature_keeps_the_gradient_finite(loss, value):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -103,7 +103,7 @@ def kmeans(
         if initial.device != z.device:
             raise ValueError(f"initial must be on the device of z, {z.device}, got {initial.device}.")
     with _rows.measuring(z.device):
-        data = _Data(z, metric, shard(z, group), tile)
+        data = _Data(z, metric, shard(z, group), tile, beside=initial)
         if data.total < num_clusters:
             raise ValueError(
                 f"num_clusters must be at most the number of rows, {data.total}, got {num_clusters}."
@@ -134,7 +134,8 @@ def nearest_centroid(
         tile: rows at a time.
 
     Returns:
-        Index of the centroid, int64 of shape (N,), and the squared distance to it, shape (N,).
+        Index of the centroid, int64 of shape (N,), and the squared distance to it, shape (N,); infinite if it exceeds
+        the dtype.
 
     Raises:
         ValueError: if widths, dtypes or devices differ or a value is not finite.
@@ -152,12 +153,12 @@ def nearest_centroid(
     if centroids.device != z.device:
         raise ValueError(f"centroids must be on the device of z, {z.device}, got {centroids.device}.")
     with _rows.measuring(z.device):
-        data = _Data(z, metric, Shard(None, (len(z),), 0), tile)
+        data = _Data(z, metric, Shard(None, (len(z),), 0), tile, beside=centroids)
         assignments, distances = data.empty_assignment()
         centroids = data.enter(centroids)
         for rows, x in data.tiles():
             assignments[rows], distances[rows] = _nearest(x, centroids)
-    return assignments, distances
+    return assignments, distances * data.unit * data.unit
 
 
 class _Pass(NamedTuple):
@@ -172,20 +173,38 @@ class _Pass(NamedTuple):
 
 
 class _Data:
-    """The rows in the coordinates of the metric: centred at their mean, or of unit length."""
+    """The rows in the coordinates of the metric: centred at their mean, or of unit length.
 
-    def __init__(self, z: Tensor, metric: Metric, split: Shard, tile: int) -> None:
+    Euclidean coordinates are in units of about the largest entry, so that no square overflows or vanishes; powers of 2,
+    which round nothing.
+    """
+
+    def __init__(
+        self, z: Tensor, metric: Metric, split: Shard, tile: int, *, beside: Tensor | None = None
+    ) -> None:
         self.z, self.metric, self.split, self.tile = z, metric, split, tile
         self.total, self.device = split.total, z.device
         self.dtype = torch.promote_types(z.dtype, torch.float32)
         self.long_dtype = _rows.accumulation_dtype(z.device)
         self.mean = torch.zeros(z.shape[1], dtype=self.dtype, device=z.device)
+        self.unit = torch.ones((), dtype=self.dtype, device=z.device)
         sums = torch.zeros(z.shape[1], dtype=self.long_dtype, device=z.device)
         if metric == "euclidean":
+            self.unit = self._unit(beside)
             # Distances are differences of squares: far from the origin they would cancel.
             for _, x in self.tiles():
                 sums += x.sum(0, dtype=self.long_dtype)
             self.mean = (split.sum(sums) / max(self.total, 1)).to(self.dtype)
+
+    def _unit(self, beside: Tensor | None) -> Tensor:
+        """The power of 2 below the largest entry of the rows of all ranks, and of ``beside``."""
+        parts = [part for part in (self.z, beside) if part is not None and len(part)]
+        own = torch.stack(
+            [self.unit.new_zeros(()), *(part.abs().amax().to(self.dtype) for part in parts)]
+        ).amax()
+        one_each = replace(self.split, counts=(1,) * self.split.world_size)
+        largest = one_each.gather(own[None]).amax().clamp_max(torch.finfo(self.dtype).max / 2)
+        return torch.where(largest > 0, largest.log2().floor().exp2(), 1)
 
     def variance(self) -> float:
         """Mean variance of a feature."""
@@ -198,11 +217,13 @@ class _Data:
 
     def enter(self, rows: Tensor) -> Tensor:
         """Rows of the outside world in the coordinates of the metric."""
-        return _rows.unit(rows).to(self.dtype) if self.metric == "cosine" else rows.to(self.dtype) - self.mean
+        if self.metric == "cosine":
+            return _rows.unit(rows).to(self.dtype)
+        return rows.to(self.dtype) / self.unit - self.mean
 
     def leave(self, centroids: Tensor) -> Tensor:
         """Centroids for the outside world."""
-        return centroids if self.metric == "cosine" else centroids + self.mean
+        return centroids if self.metric == "cosine" else (centroids + self.mean) * self.unit
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in _rows.tiles(len(self.z), self.tile):
@@ -268,7 +289,8 @@ def _lloyd(data: _Data, centroids: Tensor, max_iterations: int, threshold: float
         moved = float((updated - centroids).square().sum())
         centroids, step = updated, data.assign(updated, step.assignments)
         converged = step.changed == 0 or moved <= threshold
-    return KMeansResult(data.leave(centroids), step.assignments, step.inertia, iterations, converged)
+    inertia = step.inertia * float(data.unit) * float(data.unit)
+    return KMeansResult(data.leave(centroids), step.assignments, inertia, iterations, converged)
 
 
 def _nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

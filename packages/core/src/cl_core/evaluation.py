@@ -165,7 +165,9 @@ def _votes(
         index = torch.cat([column, train_index[rows].expand(len(query), -1)], dim=1)
         best, place = similarity.topk(min(k, similarity.shape[1]), dim=1)
         column = index.gather(1, place)
-    shares = torch.softmax(best / temperature, dim=1)
+    # Below the best, so that any temperature leaves 0 there and no infinity but -inf.
+    below = best - best[:, :1]
+    shares = torch.softmax(torch.where(below < 0, below / temperature, 0), dim=1)
     return query.new_zeros(len(query), num_classes).scatter_add_(1, column, shares)
 
 

@@ -21,10 +21,11 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, grou
 
     Starting from Q = exp(scores / epsilon), each iteration divides Q by the sums over samples of its columns
     (prototypes), then by the sums over prototypes of its rows (samples), so that in the end rows sum to 1 exactly and
-    columns nearly to N / K. In logarithms throughout: scores of any size stay finite. A constant for autograd.
+    columns nearly to N / K. In logarithms throughout: no score that is allowed overflows. A constant for autograd.
 
     Args:
-        scores: similarities of samples with prototypes, shape (N, K).
+        scores: similarities of samples with prototypes, shape (N, K); divided by epsilon at most 4e37 in absolute
+            value (in float64, 2e307).
         epsilon: > 0; small values make codes hard.
         iterations: >= 1.
         group: process group over which the samples are spread.
@@ -33,7 +34,7 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, grou
         Shape (N, K), float32 for half inputs.
 
     Raises:
-        ValueError: if scores are empty or not finite, epsilon <= 0 or iterations < 1.
+        ValueError: if scores are empty, not finite or too large, epsilon <= 0 or iterations < 1.
 
     Cost: O(iterations N K) time, O(N K) memory; with a group one message of K numbers a rank and iteration.
     Reference: Cuturi, "Sinkhorn Distances", NeurIPS 2013, arXiv 1306.0895, as used by Caron et al., NeurIPS 2020, arXiv
@@ -41,6 +42,7 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, grou
     """
     _check_sinkhorn(epsilon, iterations)
     check_rows(group, scores=scores)
+    _check_size("scores", scores, epsilon=epsilon)
     return _codes(scores, epsilon, iterations, shard(scores, group))
 
 
@@ -88,7 +90,8 @@ def swav_loss(
         Scalar, or shape (N,) for reduction="none". float32 for half inputs.
 
     Raises:
-        ValueError: if shapes differ, an input is empty or not finite, or a parameter is out of range.
+        ValueError: if shapes differ, an input is empty, not finite or too large (as for :func:`sinkhorn`, for epsilon
+            and the temperature), or a parameter is out of range.
 
     Cost: O(V N K) time and memory, and that of :func:`sinkhorn` for each assignment crop.
     Reference: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS
@@ -101,6 +104,8 @@ def swav_loss(
     named = {f"scores[{i}]": crop for i, crop in enumerate(scores)}
     check_rows(group, **named)
     _checks.same_shape(**named)
+    for name, of_crop in named.items():
+        _check_size(name, of_crop, epsilon=epsilon, temperature=temperature)
     split = shard(scores[0], group)
     codes = _codes_of_crops([scores[crop] for crop in assignment_crops], queue, epsilon, iterations, split)
     values = []
@@ -125,6 +130,7 @@ def _codes_of_crops(
         )
     for i, earlier in enumerate(queue):
         _checks.embeddings(f"queue[{i}]", earlier, at_least=0)
+        _check_size(f"queue[{i}]", earlier, epsilon=epsilon)
         _checks.same_width(**{"scores[0]": scores[0], f"queue[{i}]": earlier})
     # The queue is the same on all ranks: each of them brings a part of it, so that every row counts once.
     part = slice(split.rank, None, split.world_size)
@@ -161,9 +167,9 @@ def prototype_nce_loss(
         prototypes: shape (K, D), the same on all ranks; or a sequence of M, one a clustering. They receive a gradient.
         assignments: index of each row's prototype, integers of shape (N,); negative for a row that has none and does
             not count; or a sequence of M, or shape (M, N).
-        concentration: phi_k > 0, shape (K,), in place of the temperature: small for a dense cluster. The paper scales
-            them to a mean of the temperature. Or a sequence of M.
-        temperature: T > 0; a 0-d tensor receives a gradient.
+        concentration: phi_k >= 1.2e-38 (in float64, 2.2e-308), shape (K,), in place of the temperature: small for a
+            dense cluster. The paper scales them to a mean of the temperature. Or a sequence of M.
+        temperature: T >= the same number; a 0-d tensor receives a gradient.
         normalize: scale rows and prototypes to unit length first.
         reduction: "mean" over the rows that have a prototype, "sum", or "none" for shape (N,), zero for the others.
         group: process group over which the batch is spread.
@@ -174,7 +180,7 @@ def prototype_nce_loss(
 
     Raises:
         ValueError: if shapes do not fit, an input is empty or not finite, an assignment is not below K, or a
-            concentration or the temperature is <= 0.
+            concentration or the temperature is too small.
 
     Cost: O(N K D) time, O((N + K) D) memory beyond a few thousand rows, for each clustering.
     Reference: Li et al., "Prototypical Contrastive Learning of Unsupervised Representations", ICLR 2021, arXiv
@@ -188,8 +194,11 @@ def prototype_nce_loss(
     for number, clustering in enumerate(clusterings):
         _check_clustering(z, *clustering, at="" if isinstance(prototypes, Tensor) else f"[{number}]")
     rows = similarity.scaled_rows(z, normalize=normalize)
+    _check_divisor("temperature", temperature, rows.dtype)
     total, count = rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
     for centres, index, phi in clusterings:
+        if phi is not None:
+            _check_divisor("concentration", phi, rows.dtype)
         scale = inverse(temperature) if phi is None else phi.to(rows.dtype).reciprocal()
         columns = similarity.scaled_rows(centres, scale=scale, normalize=normalize)
         valid = index >= 0
@@ -246,6 +255,33 @@ def _check_clustering(z: Tensor, centres: Tensor, index: Tensor, phi: Tensor | N
 def _check_sinkhorn(epsilon: float, iterations: int) -> None:
     _checks.positive("epsilon", epsilon)
     _checks.count("iterations", iterations)
+
+
+def _check_size(name: str, scores: Tensor, **divisors: float | Tensor) -> None:
+    """Refuse scores that overflow, divided by what they are to be divided by, or whose differences then do."""
+    scores = similarity.at_least_float32(scores.detach())
+    # Sums along rows and columns are taken off in turn: between the two a logarithm may grow fourfold.
+    largest = torch.finfo(scores.dtype).max / 8
+    limit: float | Tensor
+    for divisor, value in divisors.items():
+        if isinstance(value, Tensor):
+            limit = similarity.at_least_float32(value.detach()) * largest
+        else:
+            limit = min(value, 8) * largest
+        _checks.require(
+            (scores.abs() <= limit).all(),
+            f"{name} must be at most {largest:.1g} in absolute value once divided by {divisor}, got a larger one.",
+        )
+
+
+def _check_divisor(name: str, value: float | Tensor, dtype: torch.dtype) -> None:
+    """Refuse what has no finite inverse, with room for differences of logits."""
+    least = torch.finfo(dtype).tiny
+    if isinstance(value, Tensor):
+        enough = (value.detach() >= least).all()
+        _checks.require(enough, f"{name} must be at least {least:.3g}, got a smaller one.")
+    else:
+        _checks.number(name, value, at_least=least)
 
 
 def _check_crops(assignment_crops: Sequence[int], crops: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,9 +45,14 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, *, lambd: float = 0.005, group: Gr
     arXiv 2103.03230.
     """
     _checks.number("lambd", lambd, at_least=0)
-    views, split = _centred(z1, z2, group, "barlow_twins_loss")
+    split = _check_views(z1, z2, group, "barlow_twins_loss")
+    views = torch.stack([at_least_float32(z1), at_least_float32(z2)])
+    # The loss does not depend on the unit of a feature, beside eps. In units of about its largest value, no sum and no
+    # square overflows, nor does a power of the variance underflow in the backward; powers of 2 round nothing.
+    unit = _largest(views, split).clamp(1, torch.finfo(views.dtype).max / 2).log2().floor().exp2()[:, None]
+    views = _centred(views / unit, split)
     variance = split.sum(views.square().sum(1)) / split.total
-    standard = views * (variance + _BATCH_NORM_EPS).rsqrt()[:, None]
+    standard = views * (variance + _BATCH_NORM_EPS / unit[:, 0].square()).rsqrt()[:, None]
     correlation = split.sum(_Product.apply(standard[0].t(), standard[1])) / split.total
     invariance = (1 - correlation.diagonal()).square().sum()
     return invariance + lambd * _off_diagonal(correlation).square().sum()
@@ -86,27 +92,34 @@ def vicreg_loss(
         Scalar. float32 for half inputs.
 
     Raises:
-        ValueError: if there are fewer than 2 rows, shapes differ, a value is not finite, or a weight is out of range.
+        ValueError: if there are fewer than 2 rows, shapes differ, a value is not finite or so large that the loss is
+            not (in float32 from about 1e9 on), or a weight is out of range.
 
     Cost: O(N D^2) time, O(D^2 + N D) memory.
     Reference: Bardes et al., "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
     ICLR 2022, arXiv 2105.04906.
     """
     _check_vicreg(sim_weight, var_weight, cov_weight, eps)
-    views, split = _centred(z1, z2, group, "vicreg_loss")
+    split = _check_views(z1, z2, group, "vicreg_loss")
+    views = _centred(torch.stack([at_least_float32(z1), at_least_float32(z2)]), split)
     covariance = split.sum(_Product.apply(views.mT, views)) / (split.total - 1)
     deviation = (covariance.diagonal(dim1=1, dim2=2) + eps).sqrt()
     distance = split.sum((at_least_float32(z1) - at_least_float32(z2)).square().sum())
     width = z1.shape[1]
-    return (
+    loss = (
         sim_weight * distance / (split.total * width)
         + var_weight * torch.relu(1 - deviation).mean()
         + cov_weight * _off_diagonal(covariance).square().sum() / width
     )
+    message = (
+        f"z1 and z2 must be small enough for their squared covariances in {loss.dtype}, got larger values."
+    )
+    _checks.require(loss.detach().isfinite(), message)
+    return loss
 
 
-def _centred(z1: Tensor, z2: Tensor, group: Group, name: str) -> tuple[Tensor, Shard]:
-    """Both views, shape (2, N, D), less their means over the rows of all ranks."""
+def _check_views(z1: Tensor, z2: Tensor, group: Group, name: str) -> Shard:
+    """Refuse two views that cannot be compared over the batch; how the batch is spread."""
     check_rows(group, z1=z1, z2=z2)
     _checks.same_shape(z1=z1, z2=z2)
     split = shard(z1, group)
@@ -114,8 +127,19 @@ def _centred(z1: Tensor, z2: Tensor, group: Group, name: str) -> tuple[Tensor, S
         raise ValueError(
             f"{name} needs at least 2 rows (it compares features over the batch), got {split.total}."
         )
-    views = torch.stack([at_least_float32(z1), at_least_float32(z2)])
-    return views - split.sum(views.sum(1))[:, None] / split.total, split
+    return split
+
+
+def _centred(views: Tensor, split: Shard) -> Tensor:
+    """Both views, shape (2, N, D), less their means over the rows of all ranks."""
+    return views - split.sum(views.sum(1))[:, None] / split.total
+
+
+def _largest(views: Tensor, split: Shard) -> Tensor:
+    """Largest absolute value of each feature of both views over the rows of all ranks, shape (2, D)."""
+    own = views.detach().abs()
+    largest = own.amax(1) if views.shape[1] else own.sum(1)
+    return replace(split, counts=(1,) * split.world_size).gather(largest[None]).amax(0)
 
 
 class _Product(torch.autograd.Function):
