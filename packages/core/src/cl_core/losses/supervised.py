@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_core import _checks, _ring, similarity
-from cl_core._tiles import Over, panels
+from cl_core._tiles import Over
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 from cl_core.losses._base import LabelledLoss
@@ -103,7 +104,7 @@ class _Comparison:
     """Anchors and what they are compared with: their own batch, that of all ranks, or other rows.
 
     Labels are renumbered 0, 1, ... below ``classes``, over all ranks alike. Ids tell a row from itself; None if no
-    column can be a row.
+    column can be a row. ``unit`` says that all rows are equally long.
     """
 
     rows: Tensor
@@ -113,6 +114,7 @@ class _Comparison:
     ids: Tensor | None
     classes: int
     split: Shard
+    unit: bool
     bound: float | None
     impl: Impl
 
@@ -149,10 +151,11 @@ class _Comparison:
 
     def positive_sum(self) -> Tensor:
         """Sum of an anchor's logits with its positives: one product with the sum of its class."""
-        labels = (self.row_labels, self.column_labels)
-        own, split = self.ids is not None, self.split if self._spread else None
+        others = None if self.ids is not None else self.columns
+        split = self.split if self._spread else None
         form = _plain_class_products if torch.compiler.is_compiling() else _ClassProducts.apply
-        return form(self.rows, self.columns, *labels, self.classes, own, split)
+        labels = self.row_labels, self.column_labels
+        return form(self.rows, others, *labels, self.classes, split, self.unit)
 
     @property
     def _spread(self) -> bool:
@@ -193,12 +196,14 @@ def _compare(
         numbers, classes = _renumbered(torch.cat([labels, ref_labels.long()]))
         rows = similarity.scaled_rows(z, scale=inverse(temperature), normalize=normalize)
         columns = similarity.scaled_rows(ref, normalize=normalize)
-        return _Comparison(rows, columns, numbers[:count], numbers[count:], None, classes, split, bound, impl)
+        return _Comparison(
+            rows, columns, numbers[:count], numbers[count:], None, classes, split, normalize, bound, impl
+        )
     rows = similarity.scaled_rows(z, scale=root_scale(temperature), normalize=normalize)
     numbers, classes = _renumbered(split.gather(labels), count_them=split.group is not None)
     own = numbers[split.offset : split.offset + count]
     ids = torch.arange(split.offset, split.offset + count, device=rows.device)
-    return _Comparison(rows, rows, own, own, ids, classes, split, bound, impl)
+    return _Comparison(rows, rows, own, own, ids, classes, split, normalize, bound, impl)
 
 
 def _renumbered(labels: Tensor, *, count_them: bool = False) -> tuple[Tensor, int]:
@@ -207,87 +212,105 @@ def _renumbered(labels: Tensor, *, count_them: bool = False) -> tuple[Tensor, in
     All shapes are independent of the values; counting would break a graph, or stall an accelerator that is not waiting
     for other ranks anyway.
     """
+    compiling = torch.compiler.is_compiling()
+    if labels.device.type == "cpu" and not compiling:
+        values, numbers = labels.unique(return_inverse=True)
+        return numbers, len(values)
     ordered, order = labels.sort()
     steps = torch.zeros_like(ordered)
     steps[1:] = ordered[1:] != ordered[:-1]
     numbers = steps.cumsum(0)
     count = len(labels)
-    if count and not torch.compiler.is_compiling() and (count_them or labels.device.type == "cpu"):
+    if count and count_them and not compiling:
         count = int(numbers[-1]) + 1
     return torch.empty_like(labels).index_copy(0, order, numbers), count
 
 
 def _plain_class_products(
     rows: Tensor,
-    columns: Tensor,
+    others: Tensor | None,
     row_labels: Tensor,
     column_labels: Tensor,
     classes: int,
-    own: bool,
     split: Shard | None,
+    unit: bool,
 ) -> Tensor:
-    """rows_i . (sum of the columns of i's label), less rows_i . rows_i where that is one of them."""
+    """rows_i . (sum of the others of i's label); without others, of all rows of that label but row i."""
     wide = rows.double()
-    sums = wide.new_zeros(classes, rows.shape[1]).index_add(0, column_labels, columns.double())
+    columns = wide if others is None else others.double()
+    sums = wide.new_zeros(classes, rows.shape[1]).index_add(0, column_labels, columns)
     sums = sums if split is None else split.sum(sums)
     total = similarity.row_products(wide, sums.index_select(0, row_labels))
-    return (total - similarity.row_products(wide, wide) if own else total).to(rows.dtype)
+    return (total - similarity.row_products(wide, wide) if others is None else total).to(rows.dtype)
 
 
 class _ClassProducts(torch.autograd.Function):
-    """The same with sums in float64, taken some rows at a time: a class and its own row nearly cancel."""
+    """The same with sums in float64, taken some rows at a time.
+
+    Where rows are not equally long, a class and its own row may nearly cancel: then all is in float64.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: Tensor,
-        columns: Tensor,
+        others: Tensor | None,
         row_labels: Tensor,
         column_labels: Tensor,
         classes: int,
-        own: bool,
         split: Shard | None,
+        unit: bool,
     ) -> Tensor:
+        columns = rows if others is None else others
+        work = rows.dtype if unit else torch.float64
         sums = rows.new_zeros(classes, rows.shape[1], dtype=torch.float64)
-        for part in _parts(columns):
-            sums.index_add_(0, column_labels[part], columns[part].double())
-        sums = sums if split is None else split.sum(sums)
-        result = rows.new_empty(len(rows))
-        for part in _parts(rows):
-            wide = rows[part].double()
-            rest = sums[row_labels[part]] - wide if own else sums[row_labels[part]]
-            result[part] = similarity.row_products(wide, rest).to(rows.dtype)
-        ctx.options = classes, own, split
-        ctx.save_for_backward(rows, columns, row_labels, column_labels, sums)
-        return result
+        for part, labels in _parts(columns, column_labels):
+            sums.index_add_(0, labels, part.double())
+        sums = (sums if split is None else split.sum(sums)).to(work)
+        products = []
+        for part, labels in _parts(rows, row_labels):
+            own, rest = part.to(work), sums.index_select(0, labels)
+            products.append((rest.sub_(own) if others is None else rest).mul_(own).sum(1))
+        ctx.options = classes, split, unit
+        ctx.save_for_backward(rows, others, row_labels, column_labels, sums)
+        return torch.cat(products).to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, row_labels, column_labels, sums = ctx.saved_tensors
-        _, own, split = ctx.options
+        rows, others, row_labels, column_labels, sums = ctx.saved_tensors
+        _, split, _ = ctx.options
         if torch.is_grad_enabled():
-            wanted = [t for t in (rows, columns) if t.requires_grad]
-            value = _plain_class_products(rows, columns, row_labels, column_labels, *ctx.options)
-            found = iter(torch.autograd.grad(value, wanted, gradient, create_graph=True, allow_unused=True))
-            return *(next(found) if t.requires_grad else None for t in (rows, columns)), *[None] * 5
-        weighted = torch.zeros_like(sums)
-        for part in _parts(rows):
-            weighted.index_add_(0, row_labels[part], gradient[part, None] * rows[part].double())
-        weighted = weighted if split is None else split.sum(weighted)
-        of_rows = torch.empty_like(rows)
-        for part in _parts(rows):
-            rest = sums[row_labels[part]]
-            rest = rest - 2 * rows[part].double() if own else rest
-            of_rows[part] = (gradient[part, None] * rest).to(rows.dtype)
-        of_columns = torch.empty_like(columns) if ctx.needs_input_grad[1] else None
-        if of_columns is not None:
-            for part in _parts(columns):
-                of_columns[part] = weighted[column_labels[part]].to(columns.dtype)
-        return of_rows, of_columns, *[None] * 5
+            wanted = [t for t in (rows, others) if t is not None and t.requires_grad]
+            value = _plain_class_products(rows, others, row_labels, column_labels, *ctx.options)
+            found = iter(torch.autograd.grad(value, wanted, gradient, create_graph=True))
+            given = (next(found) if t is not None and t.requires_grad else None for t in (rows, others))
+            return *given, *[None] * 5
+        gradient, weighted = gradient.to(sums.dtype)[:, None], None
+        if others is None or ctx.needs_input_grad[1]:
+            weighted = torch.zeros_like(sums, dtype=torch.float64)
+            for part, labels, g in _parts(rows, row_labels, gradient):
+                weighted.index_add_(0, labels, (part * g).double())
+            weighted = (weighted if split is None else split.sum(weighted)).to(sums.dtype)
+        of_rows, of_others = [], None
+        for part, labels, g in _parts(rows, row_labels, gradient):
+            rest = sums.index_select(0, labels)
+            if others is None:
+                assert weighted is not None
+                rest.sub_(part, alpha=2).mul_(g).add_(weighted.index_select(0, labels))
+            else:
+                rest.mul_(g)
+            of_rows.append(rest.to(rows.dtype))
+        if others is not None and weighted is not None:
+            parts = _parts(column_labels)
+            of_others = torch.cat([weighted.index_select(0, labels).to(rows.dtype) for (labels,) in parts])
+        return torch.cat(of_rows), of_others, *[None] * 5
 
 
-def _parts(rows: Tensor) -> list[slice]:
-    return [slice(start, stop) for start, stop in panels(0, len(rows), _ROWS_AT_A_TIME)]
+def _parts(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each at a time, so that what is made of them in float64 stays small."""
+    if len(vectors[0]) <= _ROWS_AT_A_TIME:
+        return iter([vectors])
+    return zip(*(v.split(_ROWS_AT_A_TIME) for v in vectors), strict=True)
 
 
 class SupConLoss(LabelledLoss):
