@@ -75,6 +75,72 @@ def test_two_steps_on_digits(name, tmp_path, monkeypatch, capsys):
     assert f"kNN {100 * metrics['trained']['knn']:.2f}%" in capsys.readouterr().out
 
 
+@pytest.fixture
+def photographs(tmp_path, write_image):
+    """Function (classes, images a class) that writes a labelled folder."""
+
+    def write(*names, images):
+        for name in names:
+            for place in range(images):
+                write_image(tmp_path / "photos" / name / f"{place}.png", (20 * place, 90, 9 * len(name)))
+        return tmp_path / "photos"
+
+    return write
+
+
+def fit_folder(root, run, *options):
+    trainer = ["--trainer.max_epochs=1", "--trainer.progress_bar=false", "--trainer.accelerator=cpu"]
+    model = [
+        "--model=SimCLR",
+        "--model.encoder=SmallConvNet",
+        "--model.encoder.width=4",
+        "--model.loss=DCLLoss",
+    ]
+    data = ["--data=ImageFolder", f"--data.root={root}", "--data.image_size=8"]
+    return main(["fit", *data, *model, *trainer, f"--run_dir={run}", *options])
+
+
+def test_too_few_test_images_for_a_map_still_give_the_table(photographs, tmp_path, capsys):
+    assert fit_folder(photographs("cat", "dog", images=3), tmp_path / "run") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "trained encoder" in captured.out
+    assert {path.name for path in (tmp_path / "run/figures").iterdir()} == {"curves.png", "similarities.png"}
+
+
+def test_a_figure_that_fails_costs_neither_the_result_nor_the_others(
+    photographs, tmp_path, monkeypatch, capsys, caplog
+):
+    def fail(*args, **options):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("cl_vision.figures.plot_curves", fail)
+    assert fit_folder(photographs("cat", "dog", images=8), tmp_path / "run") == 0
+    assert "trained encoder" in capsys.readouterr().out
+    assert caplog.messages == [f"a figure is missing in {tmp_path / 'run/figures'}: no ink"]
+    assert {path.name for path in (tmp_path / "run/figures").iterdir()} == {
+        "embeddings.png",
+        "similarities.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.num_views=3"], "DCLLoss compares 2 views, got 3"),
+        (["--data.num_views=0"], "num_views must be at least 1, got 0"),
+        (["--data.channels=1"], "--model.encoder.in_channels 1"),
+        (["--data.image_size=4"], "--data.image_size 8 or more"),
+        (["--data.batch_size=1"], "--data.batch_size 2 or more"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_sentence(photographs, tmp_path, options, message, capsys):
+    assert fit_folder(photographs("cat", "dog", images=4), tmp_path / "run", *options) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_command(tmp_path):
     options = "--trainer.devices 2 --trainer.strategy ddp --trainer.accelerator cpu --trainer.max_epochs 1"

@@ -100,6 +100,40 @@ def test_torchvision_weights_are_loaded_without_code(monkeypatch):
     torch.testing.assert_close(encoder.network.conv5[0].weight, donor.conv5[0].weight)
 
 
+def test_errors_of_torchvision_models_that_are_not_of_the_size_stay(monkeypatch):
+    encoder = TorchvisionEncoder("shufflenet_v2_x0_5")
+
+    def fail(images):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(encoder.network, "forward", fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        encoder(torch.randn(2, 3, 64, 64))
+
+
+def test_an_export_fetches_no_pretrained_weights(monkeypatch, tmp_path):
+    import torchvision
+
+    from cl_core.losses import DCLLoss
+    from cl_core.training.artifacts import export_method, load_export
+    from cl_vision.methods import SimCLR
+
+    donor = torchvision.models.shufflenet_v2_x0_5()
+    weights = torchvision.models.ShuffleNet_V2_X0_5_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda self, *args, **options: donor.state_dict())
+    method = SimCLR(TorchvisionEncoder("shufflenet_v2_x0_5", weights="DEFAULT"), DCLLoss())
+    assert method.encoder.pretrained == "DEFAULT"
+    export_method(method, tmp_path)
+
+    def fetch(self, *args, **options):
+        raise AssertionError("fetched again")
+
+    monkeypatch.setattr(weights, "get_state_dict", fetch)
+    loaded = load_export(tmp_path)
+    for name, value in method.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -115,7 +149,23 @@ def test_torchvision_weights_are_loaded_without_code(monkeypatch):
         (lambda: SmallConvNet(0), "width must be an integer >= 1, got 0"),
         (lambda: SmallConvNet(8, norm="none"), "norm must be one of 'batch', 'group'"),
         (lambda: SmallConvNet(8)(torch.randn(2, 1, 8, 8)), r"images must have shape \(N, 3, H, W\)"),
-        (lambda: SmallConvNet(8)(torch.randn(2, 3, 7, 8)), "H, W >= 8"),
+        (
+            lambda: SmallConvNet(8)(torch.randn(2, 1, 8, 8)),
+            "pass --model.encoder.in_channels 1, or images of 3",
+        ),
+        (lambda: SmallConvNet(8)(torch.randn(2, 3, 7, 8)), "H, W >= 8.*: pass --data.image_size 8 or more"),
+        (
+            lambda: TorchvisionEncoder("shufflenet_v2_x0_5")(torch.randn(2, 1, 64, 64)),
+            r"got \(2, 1, 64, 64\): pass images of 3 channels, as ImageFolder's --data.channels 3",
+        ),
+        (
+            lambda: TorchvisionEncoder("vit_b_32")(torch.randn(2, 3, 64, 32)),
+            "vit_b_32 does not take images of 64x32 pixels, .* pass --data.image_size 224",
+        ),
+        (
+            lambda: TorchvisionEncoder("densenet121")(torch.randn(2, 3, 8, 8)),
+            "densenet121 does not take images of 8x8 pixels, .* pass --data.image_size 29",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(make, message):

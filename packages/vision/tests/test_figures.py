@@ -63,6 +63,26 @@ def test_embedding_map_of_unlabelled_rows(tmp_path, blobs):
     opened(figures.plot_embedding_map(tmp_path / "map.png", blobs[0], np.full(60, -1), projection="pca"))
 
 
+def test_class_names_are_drawn_as_they_are(tmp_path, blobs):
+    """Dollars, a leading underscore, characters that the font lacks."""
+    pictures = [
+        opened(figures.plot_embedding_map(tmp_path / "map.png", *blobs, class_names=names, projection="pca"))
+        for names in (["$a_$$", "_b", "\u732b"], ["$a_$$", "_c", "\u732b"], ["$a_$$", "", "\u732b"])
+    ]
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+@pytest.mark.parametrize("projection", ["tsne", "pca"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_rows_that_are_all_the_same(tmp_path, projection, rows):
+    opened(
+        figures.plot_embedding_map(
+            tmp_path / "map.png", np.ones((rows, 4)), np.zeros(rows), projection=projection
+        )
+    )
+
+
 def test_large_maps_use_evenly_spaced_rows(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cl_core.losses import TwoViewLoss
+from cl_core.losses import DCLLoss, TwoViewLoss
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods.simclr import SimCLR
@@ -97,3 +97,15 @@ def test_bad_parts_get_one_sentence(two_view_loss):
 def test_one_view_is_refused(method, batch):
     with pytest.raises(ValueError, match="at least 2 of them, got 1"):
         method(batch._replace(views=batch.views[:1]))
+
+
+def test_more_views_than_the_loss_compares_are_refused(batch):
+    method = SimCLR(SmallConvNet(4, in_channels=1), DCLLoss())
+    with pytest.raises(ValueError, match=r"DCLLoss compares 2 views, got 3: pass --data.num_views 2"):
+        method(batch._replace(views=(*batch.views, batch.views[0])))
+
+
+def test_one_image_is_refused(method, batch):
+    one = batch._replace(views=tuple(view[:1] for view in batch.views))
+    with pytest.raises(ValueError, match=r"at least 2 of them, got 1: pass --data.batch_size 2 or more"):
+        method(one)

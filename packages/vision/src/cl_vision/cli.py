@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from cl_core.training import cli
 
 if TYPE_CHECKING:
     from cl_core.training.fitting import Drawing
+
+_LOG = logging.getLogger(__name__)
 
 DOMAIN = cli.Domain(
     command="cl-vision",
@@ -38,42 +41,69 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def draw(drawing: Drawing) -> None:
-    """Figures of a finished run: curves, a map of the test embeddings, similarities over training."""
+    """Figures of a finished run: curves, a map of the test embeddings, similarities over training.
+
+    What a figure needs and the run does not have leaves it out. One that fails is said to be missing: the result
+    of the training does not hang on it.
+    """
+    for plot in (_draw_curves, _draw_embeddings, _draw_similarities):
+        try:
+            plot(drawing)
+        except (
+            Exception
+        ) as error:  # class names and numbers are anybody's, and so are the errors of drawing them
+            _LOG.warning("a figure is missing in %s: %s", drawing.run.figures, error or type(error).__name__)
+
+
+def _draw_curves(drawing: Drawing) -> None:
+    from cl_vision import figures
+
+    losses = drawing.table.column("train/loss")
+    if not losses[0]:
+        return
+    accuracy = drawing.table.column("validation/knn")
+    baselines = {
+        f"{name}, kNN": drawing.metrics[key]["knn_validation"]
+        for key, name in _BASELINES.items()
+        if drawing.metrics.get(key)
+    }
+    figures.plot_curves(
+        drawing.run.figures / "curves.png",
+        loss={"training loss": losses},
+        accuracy={"kNN on validation": accuracy} if accuracy[0] else None,
+        baselines=baselines if accuracy[0] else None,
+    )
+
+
+def _draw_embeddings(drawing: Drawing) -> None:
+    from cl_vision import figures
+
+    if "test" not in drawing.embeddings:
+        return
+    embeddings, labels = drawing.embeddings["test"]
+    if len(embeddings) < 3 or embeddings.shape[1] < 2:  # no plane to draw
+        return
+    figures.plot_embedding_map(
+        drawing.run.figures / "embeddings.png",
+        embeddings.numpy(),
+        labels.numpy(),
+        class_names=drawing.class_names or None,
+        title="Test embeddings",
+    )
+
+
+def _draw_similarities(drawing: Drawing) -> None:
     from cl_core.training.callbacks import read_similarities
     from cl_vision import figures
 
-    folder, table = drawing.run.figures, drawing.table
-    folder.mkdir(parents=True, exist_ok=True)
-    losses = table.column("train/loss")
-    if losses[0]:
-        accuracy = table.column("validation/knn")
-        baselines = {
-            f"{name}, kNN": drawing.metrics[key]["knn_validation"]
-            for key, name in _BASELINES.items()
-            if drawing.metrics.get(key)
-        }
-        figures.plot_curves(
-            folder / "curves.png",
-            loss={"training loss": losses},
-            accuracy={"kNN on validation": accuracy} if accuracy[0] else None,
-            baselines=baselines if accuracy[0] else None,
-        )
-    if "test" in drawing.embeddings:
-        embeddings, labels = drawing.embeddings["test"]
-        figures.plot_embedding_map(
-            folder / "embeddings.png",
-            embeddings.numpy(),
-            labels.numpy(),
-            class_names=drawing.class_names or None,
-            title="Test embeddings",
-        )
     stored = drawing.run.path / "similarities.safetensors"
-    if stored.is_file():
-        steps, positive, negative = zip(*read_similarities(stored), strict=True)
-        figures.plot_similarities(
-            folder / "similarities.png",
-            steps=steps,
-            positive=[values.numpy() for values in positive],
-            negative=[values.numpy() for values in negative],
-            step_name="optimiser step",
-        )
+    if not stored.is_file():
+        return
+    steps, positive, negative = zip(*read_similarities(stored), strict=True)
+    figures.plot_similarities(
+        drawing.run.figures / "similarities.png",
+        steps=steps,
+        positive=[values.numpy() for values in positive],
+        negative=[values.numpy() for values in negative],
+        step_name="optimiser step",
+    )

@@ -125,6 +125,11 @@ class TorchvisionEncoder(Encoder):
         name: a name of ``torchvision.models.list_models``, for example ``"convnext_tiny"``.
         weights: None for random weights, or the name of torchvision's weights for this model, for example
             ``"DEFAULT"``: downloaded once by torchvision, checked, and read without executing code.
+
+    Attributes:
+        weights: always None, so that an export, which holds the weights themselves, is read without fetching
+            torchvision's once more.
+        pretrained: the name of the weights that it was built with, or None.
     """
 
     def __init__(self, name: str, weights: str | None = None) -> None:
@@ -132,7 +137,7 @@ class TorchvisionEncoder(Encoder):
         known = torchvision.models.list_models(module=torchvision.models)
         if name not in known:
             raise ValueError(plugins.unknown("torchvision classifier", name, known))
-        self.name, self.weights = name, weights
+        self.name, self.weights, self.pretrained = name, None, weights
         network = torchvision.models.get_model(name, weights=None, **_quick_initialisation(name))
         if hasattr(network, "AuxLogits") or hasattr(network, "aux1"):
             raise ValueError(
@@ -153,8 +158,31 @@ class TorchvisionEncoder(Encoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of images (N, 3, H, W) of a size the model allows, shape (N, dim)."""
-        _check_images(images, channels=3)
-        return self.network(images)
+        _check_images(images, channels=3, adjustable=False)
+        try:
+            return self.network(images)
+        except (AssertionError, RuntimeError) as error:
+            side = self._known_size()
+            if tuple(images.shape[2:]) == (side, side) or not self._takes(images.new_zeros(2, 3, side, side)):
+                raise  # it is not the size
+            height, width = images.shape[2:]
+            raise ValueError(
+                f"{self.name} does not take images of {height}x{width} pixels, but for example of {side}x{side}: pass "
+                f"--data.image_size {side}."
+            ) from error
+
+    def _known_size(self) -> int:
+        """Height and width that torchvision's model was built for, or the smallest that its weights are."""
+        weights = torchvision.models.get_model_weights(self.name).DEFAULT
+        return getattr(self.network, "image_size", None) or max(weights.meta["min_size"])
+
+    def _takes(self, images: Tensor) -> bool:
+        try:
+            with torch.no_grad():
+                self.network(images)
+        except (AssertionError, RuntimeError):
+            return False
+        return True
 
 
 def _quick_initialisation(name: str) -> dict[str, Any]:
@@ -197,13 +225,21 @@ def _positive_integer(name: str, value: int) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
 
 
-def _check_images(images: Tensor, *, channels: int, at_least: int = 1) -> None:
+def _check_images(images: Tensor, *, channels: int, at_least: int = 1, adjustable: bool = True) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(
             f"images must be a tensor of shape (N, {channels}, H, W), got {type(images).__name__}."
         )
     if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < at_least:
         sizes = f" with H, W >= {at_least}" if at_least > 1 else ""
-        raise ValueError(f"images must have shape (N, {channels}, H, W){sizes}, got {tuple(images.shape)}.")
+        hint = ""
+        if images.ndim == 4 and images.shape[1] != channels:
+            own = f"--model.encoder.in_channels {images.shape[1]}, or " if adjustable else ""
+            hint = f": pass {own}images of {channels} channels, as ImageFolder's --data.channels {channels}"
+        elif images.ndim == 4:
+            hint = f": pass --data.image_size {at_least} or more"
+        raise ValueError(
+            f"images must have shape (N, {channels}, H, W){sizes}, got {tuple(images.shape)}{hint}."
+        )
     if not torch.is_floating_point(images):
         raise TypeError(f"images must be floating point (scaled, not raw bytes), got {images.dtype}.")

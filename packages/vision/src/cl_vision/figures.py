@@ -7,6 +7,7 @@ state alone.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 
 from cl_core.training.files import write_atomically
 
@@ -125,7 +127,7 @@ def plot_embedding_map(
     present = sorted(set(classes.tolist()))
     figure = _figure(width=6.6, height=5.2)
     axes = figure.subplots()
-    handles = []
+    handles, written = [], []
     for place, label in enumerate(present):
         colour, marker = _class_style(place) if label >= 0 else ("#BBBBBB", "o")
         chosen = points[classes == label]
@@ -141,13 +143,15 @@ def plot_embedding_map(
             edgecolors="#666666",
         )
         name = "unlabelled" if label < 0 else str(label if class_names is None else class_names[label])
-        handles.append(Line2D([], [], linestyle="", marker=marker, color=colour, markersize=6, label=name))
+        handles.append(Line2D([], [], linestyle="", marker=marker, color=colour, markersize=6))
+        written.append(name)
         if projection != "pca" and label >= 0 and len(present) <= 20:
             x, y = np.median(chosen, axis=0)
             halo = [withStroke(linewidth=3, foreground="white")]
-            axes.text(
-                x, y, name, color=_TEXT, weight="bold", ha="center", va="center", path_effects=halo, zorder=5
+            text = axes.text(
+                x, y, "", color=_TEXT, weight="bold", ha="center", va="center", path_effects=halo, zorder=5
             )
+            _write(text, name)
     _tidy(axes, grid=False)
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
@@ -157,14 +161,17 @@ def plot_embedding_map(
     else:
         axes.set_aspect("equal", adjustable="datalim")
     if len(handles) <= 40 and present != [-1]:
-        axes.legend(
-            handles=handles,
+        legend = axes.legend(
+            handles,
+            ["class"] * len(handles),
             title="class",
             loc="center left",
             bbox_to_anchor=(1.01, 0.5),
             frameon=False,
             ncols=1 + (len(handles) - 1) // 20,
         )
+        for text, name in zip(legend.get_texts(), written, strict=True):
+            _write(text, name)
     shown = f"{len(points):,} images" if len(points) == total else f"{len(points):,} of {total:,} images"
     axes.set_title(f"{title} ({shown})", color=_TEXT)
     return _save(figure, path)
@@ -259,9 +266,10 @@ def _project(rows: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray, 
     from sklearn.manifold import TSNE
 
     unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    pca = PCA(n_components=2, svd_solver="full").fit(unit)
+    with np.errstate(invalid="ignore"):  # rows that are all the same have no variance to share out
+        pca = PCA(n_components=2, svd_solver="full").fit(unit)
     if projection == "pca":
-        first, second = 100 * pca.explained_variance_ratio_
+        first, second = 100 * np.nan_to_num(pca.explained_variance_ratio_)
         names = (f"component 1 ({first:.0f} % of variance)", f"component 2 ({second:.0f} % of variance)")
         return pca.transform(unit), names
     start = pca.transform(unit)
@@ -295,6 +303,12 @@ def _tidy(axes: Axes, *, grid: bool = True) -> None:
         axes.set_axisbelow(True)
 
 
+def _write(text: Text, name: str) -> None:
+    """A name as it is: dollars are no formula, and a leading underscore does not hide it."""
+    text.set_parse_math(False)
+    text.set_text(name)
+
+
 def _legend_below(axes: Axes) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
 
@@ -302,5 +316,8 @@ def _legend_below(axes: Axes) -> None:
 def _save(figure: Figure, path: str | Path) -> Path:
     """Draw in memory, then write: a reader never sees half a picture."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=160, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # A character that the font lacks is drawn as a box, which anyone sees.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(picture, format="png", dpi=160, metadata={"Software": None})
     return write_atomically(path, picture.getvalue())

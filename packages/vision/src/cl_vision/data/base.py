@@ -18,7 +18,7 @@ from cl_vision.transforms import EvaluationTransform, SimCLRTransform, ViewTrans
 
 def data_root(root: str | Path | None) -> Path:
     """The folder asked for, else ``$CL_DATA``, else ``data`` in the working directory."""
-    return Path(root) if root is not None else Path(os.environ.get("CL_DATA") or "data")
+    return Path(root if root is not None else os.environ.get("CL_DATA") or "data").expanduser()
 
 
 def stratified_split(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -85,6 +85,8 @@ class ImageData(Data):
         for name, value in (("validation", validation), ("test", test)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}.")
+        _checks.count("image_size", image_size)
+        _checks.count("num_views", num_views)
         self.root = data_root(root)
         self.image_size, self.num_views = image_size, num_views
         self.validation, self.test, self.split_seed = validation, test, split_seed
@@ -125,6 +127,11 @@ class ImageData(Data):
     def train_dataset(self) -> ViewDataset:
         """Random views of the training images."""
         images, rows = self.splits["train"]
+        if len(rows) < 2:
+            raise ValueError(
+                f"{type(self).__name__} has {len(rows)} training image{'s' * (len(rows) != 1)}, but images are "
+                "learnt from by comparing them, which takes at least 2."
+            )
         return ViewDataset(
             images,
             self.transform,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
@@ -21,12 +23,17 @@ from cl_vision.data.views import Images
 from cl_vision.transforms import SimCLRTransform, ViewTransform
 
 _LOG = logging.getLogger(__name__)
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-_SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test",),
+_ENDINGS = (*IMG_EXTENSIONS, ".avif", ".gif", ".heic", ".heif", ".jfif")
+_SPLIT_FOLDERS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "test": "test",
+    "testing": "test",
 }
+_RUN_FILES = {"config.yaml", "versions.json"}
 
 
 class ImageFolder(ImageData):
@@ -36,10 +43,16 @@ class ImageFolder(ImageData):
     - classes: ``folder/cat/*.jpg``, ``folder/dog/*.jpg``: one class a subfolder, as for torchvision's
       ``ImageFolder``;
     - splits: ``folder/train/``, and where there are such ``folder/val/`` and ``folder/test/``, each one of
-      the above.
+      the above. Also ``training``, ``validation``, ``valid`` and ``testing``, in capitals or not.
 
-    Images are read when they are needed, turned upright by their EXIF tag and converted to the wanted
-    channels.
+    It is splits if all subfolders with images have such names. One folder of such a name beside others is a
+    class if its images lie directly in it; anything between the two is refused.
+
+    Images below a subfolder belong to it, however deep, also by way of links. What is hidden (its name begins
+    with a dot), subfolders without images and the folders of training runs are left out.
+
+    Images are read when they are needed, the first frame of an animation, turned upright by their EXIF tag,
+    laid on white where they are transparent, and converted to the wanted channels.
 
     Args:
         batch_size: images a training batch.
@@ -52,8 +65,8 @@ class ImageFolder(ImageData):
         test: share of each class held out for testing where there is no folder for it.
         split_seed: of the held-out rows.
         channels: 3 for colour, 1 for grey.
-        labels: True: subfolders are classes; False: they are not; None: they are unless images lie beside
-            them.
+        labels: True: subfolders are classes; False: they are not; None: they are if there are at least two and
+            no images beside them.
         on_error: ``"raise"`` for an error that names an unreadable file; ``"skip"`` to leave such files out,
             for which every file is read once at the start.
         mean: mean of each channel for images in [0, 1]; None for ImageNet's (its average for grey images).
@@ -105,22 +118,23 @@ class ImageFolder(ImageData):
 
     def read(self) -> dict[Split, Images]:
         """The files of each split that has a folder, else all as training images."""
-        folders = self._split_folders()
-        names = self.class_names or []
-        return {split: self._files(folder, names) for split, folder in folders.items()}
+        found: dict[Split, Images] = {}
+        for split, (paths, labels) in self._found[1].items():
+            files = ImageFiles(paths, torch.tensor(labels), channels=self.channels)
+            found[split] = files.readable() if self.on_error == "skip" else files
+        return found
 
     @property
     def class_names(self) -> list[str] | None:
         """Names of the class folders, sorted, or None where there are none."""
-        if self.labels is False:
-            return None
-        folder = self._split_folders()["train"]
-        names = sorted(path.name for path in folder.iterdir() if _visible(path) and path.is_dir())
-        if self.labels is None and any(_is_image(path) for path in folder.iterdir()):
-            return None
-        if self.labels and not names:
-            raise ValueError(f"{folder} has no class folders; expected {folder.name}/CLASS/*.jpg.")
-        return names or None
+        return self._found[0] or None
+
+    @cached_property
+    def _found(self) -> tuple[list[str], dict[Split, tuple[list[Path], list[int]]]]:
+        """Names of the classes; paths and labels of each split."""
+        folders = self._split_folders()
+        names = self._class_folders(folders["train"])
+        return names, {split: _labelled(folder, names) for split, folder in folders.items()}
 
     def _split_folders(self) -> dict[Split, Path]:
         if not self.root.is_dir():
@@ -128,32 +142,56 @@ class ImageFolder(ImageData):
                 f"no folder {self.root}: expected images, one subfolder a class, or train/ with either; "
                 "pass --data.root FOLDER."
             )
-        if not (self.root / "train").is_dir():
+        images, folders = _listing(self.root)
+        named = [folder for folder in folders if folder.name.lower() in _SPLIT_FOLDERS]
+        beside = images + [folder for folder in folders if folder not in named and _holds_images(folder)]
+        if not named or (beside and len(named) == 1 and not any(map(_holds_images, _listing(named[0])[1]))):
             return {"train": self.root}
+        if beside:
+            raise ValueError(
+                f"{self.root} holds {named[0].name!r}, the name of a split, beside {beside[0].name!r}, which is "
+                "none, so its folders could be splits or classes: move or rename one of the two."
+            )
         found: dict[Split, Path] = {}
-        for split, names in _SPLIT_FOLDERS.items():
-            for name in names:
-                if (self.root / name).is_dir():
-                    found[split] = self.root / name
-                    break
+        for folder in named:
+            split = _SPLIT_FOLDERS[folder.name.lower()]
+            if split in found:
+                raise ValueError(
+                    f"{self.root} holds {found[split].name!r} and {folder.name!r}, two folders of {split} images; "
+                    "keep one of them."
+                )
+            found[split] = folder
+        if "train" not in found:
+            raise ValueError(
+                f"{self.root} holds {named[0].name!r} but no folder 'train' beside it; add one, or pass "
+                f"--data.root {named[0]}."
+            )
         return found
 
-    def _files(self, folder: Path, names: Sequence[str]) -> ImageFiles:
-        extra = {path.name for path in folder.iterdir() if _visible(path) and path.is_dir()} - set(names)
-        if names and extra:
-            raise ValueError(
-                f"{folder} has a class folder {min(extra)!r} that the training images do not have."
-            )
-        paths, labels = [], []
-        for label, part in [(names.index(name), folder / name) for name in names] or [(-1, folder)]:
-            found = sorted(path for path in part.rglob("*") if _is_image(path)) if part.is_dir() else []
-            paths += found
-            labels += [label] * len(found)
-        if not paths:
-            endings = ", ".join(IMG_EXTENSIONS)
-            raise FileNotFoundError(f"no images in {folder}: expected files that end in {endings}.")
-        files = ImageFiles(paths, torch.tensor(labels), channels=self.channels)
-        return files.readable() if self.on_error == "skip" else files
+    def _class_folders(self, folder: Path) -> list[str]:
+        if self.labels is False:
+            return []
+        images, folders = _listing(folder)
+        names = [entry.name for entry in folders if _holds_images(entry)]
+        if self.labels is None and (images or len(names) < 2):
+            return []
+        if not names:
+            raise ValueError(f"{folder} has no class folders; expected {folder.name}/CLASS/*.jpg.")
+        for entry in folders:
+            if entry.name not in names:
+                _LOG.warning("%s is no class: there are no images in it.", entry)
+        return names
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be read; the message names it.
+
+    A loader process hands on its errors as text: torch builds the error again with the whole traceback for a
+    message. The sentence is what follows the name of the class there.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
 
 
 class ImageFiles:
@@ -172,19 +210,17 @@ class ImageFiles:
         """Image of one row, uint8 (C, H, W).
 
         Raises:
-            ValueError: if the file cannot be read; names it.
+            UnreadableImageError: a ValueError, if the file cannot be read; names it.
         """
         path = self.paths[row]
         try:
             with Image.open(path) as image:
-                upright = _eight_bits(ImageOps.exif_transpose(image))
-                upright = upright.convert("RGB" if self.channels == 3 else "L")
-        except _UNREADABLE as error:
-            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-            raise ValueError(
-                f"{path} cannot be read ({reason}); pass --data.on_error skip to leave such files out."
+                plain = _opaque(_eight_bits(ImageOps.exif_transpose(image)))
+                return functional.pil_to_tensor(plain.convert("RGB" if self.channels == 3 else "L"))
+        except Exception as error:  # a decoder may raise anything at a damaged file
+            raise UnreadableImageError(
+                f"{path} cannot be read ({_reason(error)}); pass --data.on_error skip to leave such files out."
             ) from error
-        return functional.pil_to_tensor(upright)
 
     def readable(self) -> ImageFiles:
         """The same without the files that cannot be read; each of these is logged."""
@@ -192,8 +228,8 @@ class ImageFiles:
         for row, path in enumerate(self.paths):
             try:
                 self[row]
-            except ValueError as error:
-                _LOG.warning("left out %s: %s", path, error.__cause__)
+            except UnreadableImageError as error:
+                _LOG.warning("left out %s: %s.", path, _reason(error.__cause__))
             else:
                 kept.append(row)
         if not kept:
@@ -206,12 +242,81 @@ class ImageFiles:
         return len(self.paths)
 
 
-def _visible(path: Path) -> bool:
-    return not path.name.startswith(".")
+def _labelled(folder: Path, names: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """The images of one split and their labels."""
+    if names:
+        extra = {entry.name for entry in _listing(folder)[1] if _holds_images(entry)} - set(names)
+        if extra:
+            raise ValueError(
+                f"{folder} has a class folder {min(extra)!r} that the training images do not have."
+            )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, part in [(label, folder / name) for label, name in enumerate(names)] or [(-1, folder)]:
+        found = sorted(_images_below(part, set())) if part.is_dir() else []
+        paths += found
+        labels += [label] * len(found)
+    if not paths and names and _holds_images(folder):
+        raise ValueError(
+            f"{folder} holds images but no class folders, unlike the training images (such as {names[0]!r}): sort "
+            "them into class folders, move them away, or pass --data.labels false."
+        )
+    if not paths:
+        raise FileNotFoundError(f"no images in {folder}: expected files that end in {', '.join(_ENDINGS)}.")
+    return paths, labels
 
 
-def _is_image(path: Path) -> bool:
-    return _visible(path) and path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+def _holds_images(folder: Path) -> bool:
+    return next(_images_below(folder, set()), None) is not None
+
+
+def _images_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Images in a folder and below it; where links lead to one folder by several ways, once."""
+    real = folder.resolve()
+    if real in seen:
+        return
+    seen.add(real)
+    images, folders = _listing(folder)
+    yield from images
+    for entry in folders:
+        yield from _images_below(entry, seen)
+
+
+def _listing(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Images and subfolders in a folder, by name, without hidden ones; neither in the folder of a run."""
+    images: list[Path] = []
+    folders: list[Path] = []
+    real = folder.resolve()
+    with os.scandir(folder) as listed:
+        entries = sorted(listed, key=lambda entry: entry.name)
+    if {entry.name for entry in entries} >= _RUN_FILES:  # its figures are images too
+        return images, folders
+    for entry in entries:
+        path, link = folder / entry.name, entry.is_symlink()
+        if entry.name.startswith("."):
+            continue
+        if path.is_dir() if link else entry.is_dir():
+            # A link to a folder that it lies in would bring in what lies beside it, and itself.
+            if not (link and real.is_relative_to(path.resolve())):
+                folders.append(path)
+        elif (link or entry.is_file()) and path.suffix.lower() in _ENDINGS:
+            images.append(path)  # also a link that leads nowhere: to be named when it is read
+    return images, folders
+
+
+def _reason(error: BaseException | None) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image of a known format"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """What is transparent becomes white, as pages show it: the colour stored there is arbitrary."""
+    if not (image.mode.endswith(("A", "a")) or "transparency" in image.info):
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -49,12 +50,23 @@ class SimCLR(Method):
 
     def loss(self, batch: Views) -> Tensor:
         """Loss of two views, or of more where the criterion takes a sequence of them; a scalar."""
-        if len(batch.views) < 2:
+        views = len(batch.views)
+        if views < 2:
             raise ValueError(
-                f"SimCLR compares views, so a batch needs at least 2 of them, got {len(batch.views)}."
+                f"SimCLR compares views, so a batch needs at least 2 of them, got {views}: pass --data.num_views 2."
+            )
+        if views > 2 and not _takes_a_sequence(self.criterion):
+            raise ValueError(
+                f"{type(self.criterion).__name__} compares 2 views, got {views}: pass --data.num_views 2, or a loss "
+                "that takes more, such as NTXentLoss."
+            )
+        if len(batch.views[0]) < 2 and getattr(self.criterion, "group", None) is None:
+            raise ValueError(
+                f"SimCLR compares images, so a batch needs at least 2 of them, got {len(batch.views[0])}: pass "
+                "--data.batch_size 2 or more."
             )
         projections = [self.project(view) for view in batch.views]
-        if len(projections) == 2:
+        if views == 2:
             return self.criterion(*projections)
         return self.criterion(projections)
 
@@ -65,3 +77,12 @@ class SimCLR(Method):
     def embed(self, images: Tensor) -> Tensor:
         """Features of images (N, C, H, W), shape (N, encoder.dim)."""
         return self.encoder(images)
+
+
+def _takes_a_sequence(loss: TwoViewLoss) -> bool:
+    """Whether a loss can be called with one argument, which then is a sequence of views."""
+    try:
+        inspect.signature(loss.forward).bind(())
+    except TypeError:
+        return False
+    return True
