@@ -82,6 +82,10 @@ def test_effective_rank_at_its_ends(scale):
     assert effective_rank(scale * line.double()).item() == pytest.approx(1, abs=1e-6)
     assert effective_rank(torch.full((5, 3), scale), center=True).item() == 0
     assert effective_rank(torch.zeros(5, 3)).item() == 0
+    for rows in (3, 7, 1000):  # whose mean rounding would not give back exactly
+        equal = scale * torch.tensor([3.3, 0.1, 0.7, 1.7, 2.9]).expand(rows, 5)
+        assert effective_rank(equal, center=True).item() == 0
+        assert effective_rank(equal.double(), center=True).item() == 0
 
 
 @pytest.mark.parametrize("kind", ["views", "labels", "both"])

@@ -335,8 +335,33 @@ def test_rounding_does_not_part_coinciding_rows(dtype):
     assert contrastive_margin_loss(z, labels, negative_margin=0.0) == 0
     pairs = mine_pair_margin(z, labels, positive_margin=0.0, negative_margin=0.0)
     assert len(pairs.positive) == 0
+    if dtype == torch.float64:  # in which distances are measured: equal but for their own rounding
+        z[40:80] *= 3
     every = mine_pair_margin(z, labels, positive_margin=-1.0)
     assert contrastive_margin_loss(z, labels, negative_margin=0.0, pairs=every, reduction="sum") == 0
+
+
+@any_tiles
+@pytest.mark.parametrize("distance", [1e-6, 1e-8, 1e-12])
+def test_listed_distances_keep_their_digits_however_small(distance):
+    """Rows of exact differences: 2^-k beside 1, which a difference of squares loses from 1e-8 on."""
+    step = 2.0 ** round(math.log2(distance))
+    z = torch.tensor([1.0, 0.5, -0.25], dtype=torch.float64).repeat(6, 1)
+    z[1::2] += step * torch.tensor([[1.0, 2.0, 2.0], [-4.0, 4.0, 7.0], [6.0, -3.0, 2.0]])
+    z.requires_grad_()
+    anchor, other, far = torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5]), torch.tensor([3, 5, 1])
+    labels, lengths = torch.arange(6) // 2, step * torch.tensor([3.0, 9.0, 7.0], dtype=torch.float64)
+    options = {"normalize": False, "reduction": "none"}
+    nothing = torch.empty(0, dtype=torch.int64)
+    found = contrastive_margin_loss(z, labels, pairs=Pairs(anchor, other, nothing, nothing), **options)
+    torch.testing.assert_close(found[anchor], lengths, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(found.sum(), z)
+    direction = (z[other] - z[anchor]).detach() / lengths[:, None]
+    torch.testing.assert_close(gradient[other], direction, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient[anchor], -direction, rtol=1e-12, atol=0)
+    margin = 10 * step
+    found = triplet_margin_loss(z, labels, margin=margin, triplets=Triplets(anchor, other, far), **options)
+    torch.testing.assert_close(found[anchor], lengths - lengths.roll(-1) + margin, rtol=1e-12, atol=0)
 
 
 def test_multi_similarity_at_extreme_sharpness():

@@ -70,6 +70,30 @@ def test_ends_of_the_range():
 
 
 @BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rounding_never_leaves_the_range(function, module, dtype):
+    p = torch.randn(500, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    low, high = (-1, 1) if function is negative_cosine_similarity else (0, 4)
+    for z in (p, -p, 3 * p, 1.001 * p):
+        each = function(p, z, reduction="none")
+        assert each.min() >= low and each.max() <= high
+        assert low <= function(p, z) <= high
+
+
+@BOTH
+def test_a_value_at_the_end_of_the_range_keeps_its_gradient(function, module):
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(400, 30, generator=generator)
+    p = (z + 1e-4 * torch.randn(400, 30, generator=generator)).requires_grad_()
+    at_the_end = function(p, z, reduction="none") == (-1 if function is negative_cosine_similarity else 0)
+    assert 20 < at_the_end.sum() < 380  # values that float32 cannot tell from the end
+    (gradient,) = torch.autograd.grad(function(p, z, reduction="sum"), p)
+    exact = p.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(function(exact, z.double(), reduction="sum"), exact)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=2e-3 * expected.abs().max().item())
+
+
+@BOTH
 def test_group_contract_with_gradients_on_both_sides(function, module, ranks):
     check_group(module, ranks, 3, detach=False)
     check_group(module, ranks, 3, reduction="sum")

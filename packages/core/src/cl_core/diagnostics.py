@@ -111,20 +111,24 @@ def effective_rank(z: Tensor, *, center: bool = False, tile: int = 8192) -> Tens
 
 
 def _gram(z: Tensor, center: bool, tile: int) -> Tensor:
-    """The smaller of the two Gram matrices of ``z`` scaled to largest entry 1, in float64."""
+    """The smaller of the two Gram matrices of ``z`` scaled to largest entry 1, in float64.
+
+    Centring starts from the first row, so that equal rows leave exactly nothing, not the rounding of their mean.
+    """
     dtype = _rows.accumulation_dtype(z.device)
     peak = _rows.wide(z).abs().max().to(dtype)
     peak = torch.where(peak > 0, peak, 1)
     blocks = list(_rows.tiles(len(z), tile))
-    mean = torch.zeros(z.shape[1], dtype=dtype, device=z.device)
+    origin = mean = torch.zeros(z.shape[1], dtype=dtype, device=z.device)
     if center:
-        mean = sum(((z[rows].to(dtype) / peak).sum(0) for rows in blocks), start=mean) / len(z)
+        origin = z[0].to(dtype) / peak
+        mean = sum(((z[rows].to(dtype) / peak - origin).sum(0) for rows in blocks), start=mean) / len(z)
     if len(z) <= z.shape[1]:
-        rows = z.to(dtype) / peak - mean
+        rows = z.to(dtype) / peak - origin - mean
         return rows @ rows.T
     gram = mean.new_zeros(z.shape[1], z.shape[1])
     for block in blocks:
-        rows = z[block].to(dtype) / peak - mean
+        rows = z[block].to(dtype) / peak - origin - mean
         gram.addmm_(rows.T, rows)
     return gram
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_core import _checks
-from cl_core._comparison import Comparison, from_square
+from cl_core._comparison import Comparison
 from cl_core._ops import no_second_derivative
 from cl_core._rows import tiles
 from cl_core._types import Reduction
@@ -137,10 +137,8 @@ def _what(value: object) -> str:
 
 
 def listed_distances(comparison: Comparison, anchor: Tensor, other: Tensor) -> Tensor:
-    """Euclidean distances of listed pairs."""
-    x, y = comparison.rows, comparison.columns
-    scale = x.square().sum(1)[anchor] + y.square().sum(1)[other]
-    return from_square(scale - 2 * listed_products(comparison, anchor, other), scale)
+    """Euclidean distances of listed pairs, from differences: products would lose those below 1e-7."""
+    return _ListedDistances.apply(comparison.rows, comparison.columns, anchor, other)  # type: ignore[no-any-return]
 
 
 def listed_products(comparison: Comparison, anchor: Tensor, other: Tensor) -> Tensor:
@@ -170,6 +168,34 @@ class _ListedProducts(torch.autograd.Function):
             of_x.index_add_(0, i[part], weight * y[j[part]])
             if ctx.needs_input_grad[1]:
                 of_y.index_add_(0, j[part], weight * x[i[part]])
+        return of_x, of_y, None, None
+
+
+class _ListedDistances(torch.autograd.Function):
+    """The same for distances; zero, with a gradient of zero, where rows coincide but for their rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        result = x.new_empty(len(i))
+        for part in _parts(x, i):
+            torch.linalg.vector_norm(x[i[part]] - y[j[part]], dim=1, out=result[part])
+        rounding = 8 * torch.finfo(x.dtype).eps * (x.norm(dim=1)[i] + y.norm(dim=1)[j])
+        result = torch.where(result > rounding, result, 0)
+        ctx.save_for_backward(x, y, i, j, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if torch.is_grad_enabled():
+            no_second_derivative()
+        x, y, i, j, distance = ctx.saved_tensors
+        weight = torch.where(distance > 0, gradient / distance, 0)[:, None]
+        of_x, of_y = torch.zeros_like(x), torch.zeros_like(y)
+        for part in _parts(x, i):
+            pull = weight[part] * (x[i[part]] - y[j[part]])
+            of_x.index_add_(0, i[part], pull)
+            if ctx.needs_input_grad[1]:
+                of_y.index_add_(0, j[part], pull, alpha=-1)
         return of_x, of_y, None, None
 
 

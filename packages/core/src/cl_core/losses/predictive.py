@@ -24,8 +24,8 @@ def negative_cosine_similarity(
 
         l_i = -p_i . z_i / (|p_i| |z_i|)
 
-    The loss of two views is the mean of (p1, z2) and (p2, z1). In [-1, 1]; it is the stop-gradient on z that keeps all
-    embeddings from becoming equal.
+    The loss of two views is the mean of (p1, z2) and (p2, z1). In [-1, 1] with ``normalize``; it is the stop-gradient
+    on z that keeps all embeddings from becoming equal.
 
     Args:
         p: predictions, shape (N, D).
@@ -62,7 +62,7 @@ def byol_loss(
 
         l_i = |p_i / |p_i| - z_i / |z_i||^2 = 2 - 2 cos(p_i, z_i)
 
-    The loss of two views is the sum of (p1, z2) and (p2, z1). In [0, 4].
+    The loss of two views is the sum of (p1, z2) and (p2, z1). In [0, 4] with ``normalize``.
 
     Args:
         p: predictions of the online network, shape (N, D).
@@ -88,12 +88,16 @@ def byol_loss(
 
 
 def _products(p: Tensor, z: Tensor, detach: bool, normalize: bool, group: Group) -> tuple[Tensor, Shard]:
-    """Dot products of rows, shape (N,), and how the batch is spread."""
+    """Dot products of rows, shape (N,), in [-1, 1] for unit rows, and how the batch is spread."""
     check_rows(group, p=p, z=z)
     _checks.same_shape(p=p, z=z)
     predictions = similarity.scaled_rows(p, normalize=normalize)
     targets = similarity.scaled_rows(z.detach() if detach else z, normalize=normalize)
-    return similarity.row_products(predictions, targets), shard(p, group)
+    products = similarity.row_products(predictions, targets)
+    if normalize:
+        # Rounding leaves the range by a little; a plain clamp would take the gradient, which near the ends is not 0.
+        products = products + (products.clamp(-1, 1) - products).detach()
+    return products, shard(p, group)
 
 
 class NegativeCosineSimilarityLoss(PredictionLoss):
