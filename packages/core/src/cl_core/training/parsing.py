@@ -175,9 +175,11 @@ class Parser:
             bases = base_classes(hints.get(key))
         known = {child.__name__ for base in bases for child in subclasses(base) if child not in bases}
         known = {entry for entry in known if not entry.startswith("_")}
+        kinds = " or ".join(base.__name__ for base in bases) or "class"
+        if name in {plugin.name for plugin in (*plugins.available_methods(), *plugins.available_losses())}:
+            return f"{_option(before)} takes a {kinds}, which {name} is not: {', '.join(sorted(known))}."
         topic = {"model": "methods", "data": "data", "loss": "losses"}.get(key)
         hint = f' ("{self.domain.command} list {topic}" shows all)' if topic else ""
-        kinds = " or ".join(base.__name__ for base in bases) or "class"
         return plugins.unknown(f"{kinds} for {_option(before)}", name, known) + hint
 
     def _class(self, before: str) -> type | None:
