@@ -174,6 +174,26 @@ def test_inputs_come_in_the_type_of_the_run_and_parameters_as_python_objects(wri
             assert "param_steps" in arrays and "param_other" not in arrays
 
 
+def test_a_parameter_that_nobody_read_fails(write):
+    case = write(param_power=2, param_epsilon=0.1, param_seed=7, loss_f64=4.0, in_z=[2.0])
+
+    def run(read, waived=None):
+        with case.open(torch.float64, EXACT, waived=waived) as arrays:
+            read(arrays.parameters())
+            arrays.check((arrays.inputs()["z"] ** arrays.parameters()["power"]).sum())
+
+    for nothing in (len, list, lambda p: "seed" in p, lambda p: p.get("other", 3)):
+        with pytest.raises(AssertionError, match="param_epsilon, param_seed were neither an input"):
+            run(nothing)
+    with pytest.raises(AssertionError, match="param_seed was neither an input"):
+        run(lambda p: p.get("epsilon", 0.2))
+    run(lambda p: p["epsilon"], waived={"param_seed": "how the peer drew its inputs"})
+    run(lambda p: dict(**p))
+    run(lambda p: dict(p.items()))
+    with pytest.raises(KeyError):
+        run(lambda p: p["other"])
+
+
 def test_named_gradients_and_an_unattached_loss(write):
     with write(z1=[1.0, 2.0], z2=[3.0], g1=[2.0, 4.0], g2=[0.0]).open(torch.float64, EXACT) as arrays:
         z1, z2 = arrays.leaves("z1", "z2")

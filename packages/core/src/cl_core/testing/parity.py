@@ -231,9 +231,9 @@ class Arrays:
             found[short] = self.leaves(name)[0] if f"grad_{short}" in self else self.tensor(name)
         return found
 
-    def parameters(self) -> dict[str, Any]:
-        """All ``param_P`` under P."""
-        return {name.removeprefix("param_"): self.parameter(name) for name in self.matching("param_*")}
+    def parameters(self) -> Mapping[str, Any]:
+        """All ``param_P`` under P; each is an input once it is read, by name or by ``**``, and not before."""
+        return _Parameters(self)
 
     def matching(self, pattern: str) -> list[str]:
         """Names of the arrays that match a shell pattern, in the order of the file."""
@@ -340,6 +340,26 @@ class Arrays:
                 f"{self._where}: {name} is off by {error:.3g}, more than {bound:.3g} "
                 f"(largest stored entry {largest:.6g})."
             )
+
+
+class _Parameters(Mapping[str, Any]):
+    """The parameters of a case, which notes those that are read."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+        self._names = {name.removeprefix("param_"): name for name in arrays.matching("param_*")}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._arrays.parameter(self._names[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _largest_error(given: Tensor, expected: Tensor) -> tuple[float, float]:
