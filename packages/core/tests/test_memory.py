@@ -293,6 +293,12 @@ def test_bank_goes_on_exactly_after_a_file_and_before_a_backward():
     assert bank.embeddings[2].norm() > 0.9
 
 
+@pytest.mark.parametrize("index", [1, [1, 2]])
+def test_bank_looks_up_tensors_only(index):
+    with pytest.raises(TypeError, match=rf"index must be an integer tensor .*, got {type(index).__name__}\."):
+        InstanceBank(5, 3).lookup(index)
+
+
 def test_bank_first_directions_come_from_the_generator():
     first, second = (InstanceBank(5, 3, generator=seeded(4)) for _ in range(2))
     assert torch.equal(first.embeddings, second.embeddings)

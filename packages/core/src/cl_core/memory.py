@@ -312,10 +312,11 @@ class InstanceBank(_Memory):
 
     def lookup(self, index: Tensor) -> Tensor:
         """Rows of some samples: a copy of shape (N, D) for integers of shape (N,)."""
-        rows = index.numel() if isinstance(index, Tensor) else 0
-        if isinstance(index, Tensor) and index.ndim != 1:
+        if not isinstance(index, Tensor):
+            raise TypeError(f"index must be an integer tensor of shape (N,), got {type(index).__name__}.")
+        if index.ndim != 1:
             raise ValueError(f"index must have shape (N,), got {tuple(index.shape)}.")
-        _checks.labels("index", index, rows=rows, of="index", device=self._embeddings.device)
+        _checks.labels("index", index, rows=len(index), of="index", device=self._embeddings.device)
         _check_range("index", index, self.num_samples)
         return self.embeddings[index.long()]
 

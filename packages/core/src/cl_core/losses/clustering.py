@@ -259,9 +259,9 @@ def _check_sinkhorn(epsilon: float, iterations: int) -> None:
 
 def _check_size(name: str, scores: Tensor, **divisors: float | Tensor) -> None:
     """Refuse scores that overflow, divided by what they are to be divided by, or whose differences then do."""
-    scores = similarity.at_least_float32(scores.detach())
+    size = similarity.at_least_float32(scores.detach()).abs()
     # Sums along rows and columns are taken off in turn: between the two a logarithm may grow fourfold.
-    largest = torch.finfo(scores.dtype).max / 8
+    largest = torch.finfo(size.dtype).max / 8
     limit: float | Tensor
     for divisor, value in divisors.items():
         if isinstance(value, Tensor):
@@ -269,7 +269,7 @@ def _check_size(name: str, scores: Tensor, **divisors: float | Tensor) -> None:
         else:
             limit = min(value, 8) * largest
         _checks.require(
-            (scores.abs() <= limit).all(),
+            (size <= limit).all(),
             f"{name} must be at most {largest:.1g} in absolute value once divided by {divisor}, got a larger one.",
         )
 
