@@ -18,6 +18,8 @@ from cl_vision.transforms import EvaluationTransform, SimCLRTransform, ViewTrans
 
 def data_root(root: str | Path | None) -> Path:
     """The folder asked for, else ``$CL_DATA``, else ``data`` in the working directory."""
+    if root == "":
+        raise ValueError("root must name a folder, or be None for $CL_DATA, got an empty text.")
     return Path(root if root is not None else os.environ.get("CL_DATA") or "data").expanduser()
 
 

@@ -65,8 +65,8 @@ class ImageFolder(ImageData):
         test: share of each class held out for testing where there is no folder for it.
         split_seed: of the held-out rows.
         channels: 3 for colour, 1 for grey.
-        labels: True: subfolders are classes; False: they are not; None: they are if there are at least two and
-            no images beside them.
+        labels: True: subfolders, at least two, are classes; False: they are not; None: they are if there are
+            that many and no images beside them.
         on_error: ``"raise"`` for an error that names an unreadable file; ``"skip"`` to leave such files out,
             for which every file is read once at the start.
         mean: mean of each channel for images in [0, 1]; None for ImageNet's (its average for grey images).
@@ -175,8 +175,9 @@ class ImageFolder(ImageData):
         names = [entry.name for entry in folders if _holds_images(entry)]
         if self.labels is None and (images or len(names) < 2):
             return []
-        if not names:
-            raise ValueError(f"{folder} has no class folders; expected {folder.name}/CLASS/*.jpg.")
+        if len(names) < 2:
+            found = f"only the class folder {names[0]!r}" if names else "no class folders"
+            raise ValueError(f"{folder} has {found}; expected two or more, {folder.name}/CLASS/*.jpg.")
         for entry in folders:
             if entry.name not in names:
                 _LOG.warning("%s is no class: there are no images in it.", entry)
