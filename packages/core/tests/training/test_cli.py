@@ -125,6 +125,21 @@ def test_fit_test_validate_and_embed(command):
     torch.testing.assert_close(tensors["embeddings"], load_export(run / "export").embed(inputs))
     assert torch.equal(tensors["labels"], labels)
 
+    assert "(test)" in command("embed", "--ckpt", run, "--output", "z.safetensors")[1]
+    status, _, err = command("embed", "--ckpt", run, "--output", "z.safetensors", "--split", "all")
+    assert status == 2
+    assert "--split must be one that has rows: train (44), validation (44), test (44), got 'all'." in err
+
+
+def test_embed_takes_the_training_rows_where_nothing_is_held_out(command, tiny, monkeypatch):
+    command("fit", "--config", "tiny/quick", "--run_dir", "here")
+    points = tiny.TinyData.points
+    none = lambda self, split: tuple(t[: 44 * (split == "train")] for t in points(self, split))  # noqa: E731
+    monkeypatch.setattr(tiny.TinyData, "points", none)
+    assert "44 embeddings of width 5 (train)" in command("embed", "--ckpt", "here", "--output", "z")[1]
+    err = command("embed", "--ckpt", "here", "--output", "z", "--split", "test")[2]
+    assert "--split must be one that has rows: train (44), got 'test'." in err
+
 
 def test_the_command_and_python_give_the_same(command, tiny):
     from cl_core.training import Evaluation, Optimization, TrainerOptions, fit

@@ -136,19 +136,23 @@ def validate_command(domain: Domain, args: list[str]) -> None:
 def embed_command(domain: Domain, args: list[str]) -> None:
     """``embed``: embeddings and labels of a split to a safetensors file."""
     parser = _trained_parser(domain, "embed")
-    parser.parser.add_argument("--split", type=str, default="test", help="train, validation or test")
+    help_ = "train, validation or test; default test, or train where nothing is held out"
+    parser.parser.add_argument("--split", type=str, default=None, help=help_)
     parser.parser.add_argument("--output", type=str, required=True, help="safetensors file to write")
     config, method, built = _trained(domain, parser, args)
-    if config.split not in SPLITS:
-        raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {config.split!r}.")
+    sizes: dict[str, int] = {split: len(built.data.evaluation_dataset(split)) for split in SPLITS}
+    split: Any = config.split or ("test" if sizes["test"] else "train")
+    if not sizes.get(split):
+        filled = ", ".join(f"{name} ({size})" for name, size in sizes.items() if size)
+        raise ValueError(f"--split must be one that has rows: {filled}, got {split!r}.")
     rows, labels = embed_split(
-        method, built.data, config.split, device=_device(), batch_size=built.evaluation.batch_size
+        method, built.data, split, device=_device(), batch_size=built.evaluation.batch_size
     )
     tensors = {"embeddings": rows.contiguous(), "labels": labels.contiguous()}
     path = write_atomically(
-        config.output, lambda temporary: save_file(tensors, temporary, metadata={"split": config.split})
+        config.output, lambda temporary: save_file(tensors, temporary, metadata={"split": split})
     )
-    print(f"{len(rows)} embeddings of width {rows.shape[1]} ({config.split}): {path}")
+    print(f"{len(rows)} embeddings of width {rows.shape[1]} ({split}): {path}")
 
 
 def table(domain: Domain, metrics: Mapping[str, Any]) -> str:
