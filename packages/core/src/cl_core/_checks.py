@@ -102,7 +102,9 @@ def positive(name: str, value: float | Tensor, *, rows: int | None = None) -> No
         require(((held > 0) & held.isfinite()).all(), f"{name} must be finite and > 0, got another value.")
     elif not (isinstance(value, int | float) and not isinstance(value, bool)):
         raise TypeError(f"{name} must be a number > 0 or a tensor, got {type(value).__name__}.")
-    elif not (value > 0 and math.isfinite(value)):
+    elif (
+        not 0 < value < math.inf
+    ):  # the compiler follows comparisons of a symbolic number, but no math.isfinite
         raise ValueError(f"{name} must be finite and > 0, got {value}.")
 
 
@@ -110,7 +112,7 @@ def number(name: str, value: float, *, at_least: float = -math.inf, finite: bool
     """Refuse anything but a number >= ``at_least``, finite unless told otherwise."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    if math.isnan(value) or (finite and math.isinf(value)):
+    if value != value or (finite and abs(value) == math.inf):  # as in positive
         raise ValueError(f"{name} must be {'a finite' if finite else 'a'} number, got {value}.")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}.")

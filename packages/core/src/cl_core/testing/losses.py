@@ -338,14 +338,16 @@ def _batch_of_one_is_zero_or_refused(loss: LossClass) -> None:
 
 @_check()
 def _compiles_to_one_graph(loss: LossClass) -> None:
-    given = inputs(loss, rows=9)
     for impl in ("dense", "tiled") if "impl" in options(loss) else (None,):
         module = loss() if impl is None else loss(impl=impl)
-        torch.compiler.reset()
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        _assert_close(
-            _value_and_gradients(compiled, given), _value_and_gradients(module, given), f"impl={impl}"
-        )
+        # Dynamic: numbers of rows, and the module's own numbers, are symbols.
+        for dynamic, sizes in ((False, (9,)), (True, (7, 12))):
+            torch.compiler.reset()
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+            for rows in sizes:
+                given = inputs(loss, rows=rows)
+                found, wanted = _value_and_gradients(compiled, given), _value_and_gradients(module, given)
+                _assert_close(found, wanted, f"impl={impl}, dynamic={dynamic}, {rows} rows")
 
 
 @_check()
