@@ -363,3 +363,12 @@ def test_a_stored_configuration_imports_nothing(command, tmp_path, monkeypatch):
     assert (status, out) == (2, "")
     assert "planted_module.Planted" in err
     assert "planted_module" not in sys.modules
+
+
+def test_what_a_loader_worker_says_is_one_sentence(command, tiny, monkeypatch):
+    def item(self, index):
+        raise ValueError("item 3 is broken: see there")
+
+    monkeypatch.setattr(tiny.TinyViews, "__getitem__", item)
+    status, _, err = command("fit", "--config", "tiny/quick", "--data.num_workers", 1)
+    assert (status, err) == (2, "cl-tiny: item 3 is broken: see there\n")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cl_core import plugins
 from cl_core.method import Method
-from cl_core.training.files import make_folder, read_json, to_json, write_atomically
+from cl_core.training.files import make_folder, read_json, sentence, to_json, write_atomically
 
 FORMAT = "cl-export"
 VERSION = 1
@@ -168,8 +168,9 @@ def build(described: Any, expected: Any) -> Any:
         try:
             return known(**{key: build(value, hints.get(key, Any)) for key, value in arguments.items()})
         except Exception as error:  # whatever a constructor says of arguments that nobody checked
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{known.__name__} cannot be built from the export: {said}.") from None
+            raise ValueError(
+                f"{known.__name__} cannot be built from the export: {sentence(error)}."
+            ) from None
     if isinstance(described, list):
         parts = [build(entry, Any) for entry in described]
         return tuple(parts) if _wants_tuple(expected) else parts

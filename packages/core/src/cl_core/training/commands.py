@@ -17,7 +17,7 @@ from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.cli import Domain
 from cl_core.training.data import SPLITS
 from cl_core.training.evaluating import Evaluation, accuracies, embed_split, has_labels
-from cl_core.training.files import write_atomically
+from cl_core.training.files import sentence, write_atomically
 from cl_core.training.fitting import FitResult, fit, weights_of
 from cl_core.training.optimization import Optimization
 from cl_core.training.parsing import Parser
@@ -48,7 +48,7 @@ def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if "--debug" in args:
             raise
-        print(f"{domain.command}: {_sentence(error)}", file=sys.stderr)
+        print(f"{domain.command}: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -167,7 +167,7 @@ def table(domain: Domain, metrics: Mapping[str, Any]) -> str:
         if metrics.get(key)
     ]
     if not rows:
-        return "no labels, so nothing to evaluate; embed writes the embeddings."
+        return "no labels in all of train, validation and test, so nothing to evaluate; embed writes the embeddings."
     lines = [f"{'test accuracy':<20}{'kNN':>8}{'linear probe':>15}"]
     lines += [f"{name:<20}{100 * row['knn']:>7.2f}%{100 * row['linear']:>14.2f}%" for name, row in rows]
     return "\n".join([*lines, "(neighbours and penalty chosen on validation; one seed)"])
@@ -292,10 +292,3 @@ def _load(target: str | None) -> Any:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _sentence(error: BaseException) -> str:
-    text = " ".join((error.strerror if isinstance(error, OSError) and error.strerror else str(error)).split())
-    if isinstance(error, OSError) and error.filename:
-        text = f"{error.filename}: {text}"
-    return text or type(error).__name__

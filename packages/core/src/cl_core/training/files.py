@@ -94,6 +94,15 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not readable JSON: it is truncated or corrupt.") from None
 
 
+def sentence(error: BaseException) -> str:
+    """What an error says, on one line; of one that a loader's worker process raised, without its traceback."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if text.startswith("Caught ") and "worker process" in text.partition("\n")[0]:
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    text = " ".join(text.split()) or type(error).__name__
+    return f"{error.filename}: {text}" if isinstance(error, OSError) and error.filename else text
+
+
 def text_of(write: Callable[[io.StringIO], None]) -> str:
     """What a function writes to a text file."""
     buffer = io.StringIO()

@@ -40,6 +40,7 @@ from cl_core.training.evaluating import (
     evaluate_raw,
     has_labels,
 )
+from cl_core.training.files import sentence
 from cl_core.training.optimization import Optimization
 from cl_core.training.recording import MetricsTable, ProgressBar, Recorder
 from cl_core.training.run import RunFolder
@@ -172,6 +173,7 @@ def fit(
             data=data,
         )
         _trainer(options, lit)
+    judged = evaluation if has_labels(data) else None
     run = None if resume is None else RunFolder.existing(resume)
     began = None if run is None else run.read_config()
     if run is not None and began is not None:
@@ -186,7 +188,6 @@ def fit(
         run = RunFolder.create(name, run_dir=run_dir)
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     pl.seed_everything(seed + rank, verbose=False)  # processes draw different dropout masks
-    judged = evaluation if has_labels(data) else None
     with run.locked() if rank == 0 else contextlib.nullcontext(), _interruption_explained(run):
         if rank == 0:
             if asked != began:
@@ -242,7 +243,7 @@ def _finished(run: RunFolder, method: Method) -> FitResult:
     try:
         method.load_state_dict(artifacts.read_export_weights(run.export))
     except RuntimeError as error:
-        raise ValueError(f"the weights of {run.export} do not fit: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the weights of {run.export} do not fit: {sentence(error)}") from None
     table = MetricsTable(run.metrics_table)
     table.read()
     return FitResult(run, method.to("cpu").eval(), run.read_metrics(), table.rows)
@@ -288,7 +289,7 @@ def _conclude(
         try:
             artist(Drawing(run, table, metrics, embeddings, data.class_names))
         except Exception as error:  # a picture must not cost the result
-            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            said = f"{type(error).__name__}: {sentence(error)}"
             warnings.warn(f"the figures of {run.path} could not be drawn: {said}", stacklevel=3)
     return FitResult(run, method, run.write_metrics(finished=True), table.rows)
 
@@ -335,7 +336,9 @@ def _train(
                 if last is None or lit.started:
                     raise
                 # Whatever a checkpoint that is whole, but not of this method or damaged inside, does to Lightning.
-                raise ValueError(f"{last} cannot be continued: {type(error).__name__}: {error}") from error
+                raise ValueError(
+                    f"{last} cannot be continued: {type(error).__name__}: {sentence(error)}"
+                ) from error
     return table
 
 
@@ -367,7 +370,7 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except (MisconfigurationException, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(sentence(error)) from error
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from cl_core.method import Method
 from cl_core.training.artifacts import base_classes, subclasses
 from cl_core.training.cli import Domain, usable
 from cl_core.training.data import Data
+from cl_core.training.files import sentence
 
 
 def load_known(domain: Domain) -> dict[str, str]:
@@ -113,7 +114,7 @@ class Parser:
         except ArgumentError as error:
             raise ValueError(self.explain(str(error))) from None
         except (TypeError, KeyError) as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise ValueError(sentence(error)) from None
 
     def instantiate(self, config: Namespace) -> Namespace:
         """Build the classes of a parsed configuration.

@@ -27,7 +27,7 @@ from jsonargparse import ArgumentParser
 
 from cl_core import plugins
 from cl_core.training.cli import Domain
-from cl_core.training.files import make_folder, read_json, to_json, write_atomically
+from cl_core.training.files import make_folder, read_json, sentence, to_json, write_atomically
 from cl_core.training.run import RunFolder
 
 _ENCODERS = ("trained", "untrained", "raw")
@@ -108,7 +108,7 @@ def reproduce_command(domain: Domain, args: list[str]) -> None:
     try:
         config = parser.parse_args(args)
     except Exception as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(sentence(error)) from None
     name = Path(config.name).stem if Path(config.name).is_file() else config.name
     output = Path(config.output or f"runs/reproduce-{name}")
     print(reproduce(domain, config.name, output=output, seeds=config.seeds))
