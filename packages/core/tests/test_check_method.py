@@ -1,15 +1,18 @@
 """The battery of methods over a good method, and over bad ones that each must fail the check that is theirs."""
 
 import copy
+import random
 import warnings
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from cl_core.losses import DCLLoss, TwoViewLoss
+from cl_core.memory import FeatureQueue
 from cl_core.method import Method
 from cl_core.momentum import ExponentialMovingAverage
 from cl_core.testing import check_method, method_checks
@@ -83,6 +86,104 @@ class TwoOptimisers(TakingTurns):
     """Two optimisers on one loss."""
 
     update = Method.update
+
+
+class EmbedsInDouble(Good):
+    def embed(self, inputs):
+        return super().embed(inputs).double()
+
+
+class FollowsASchedule(Good):
+    """What the progress says is no state: the hooks tell it again after a resume."""
+
+    weight = 1.0
+
+    def on_fit_start(self, progress):
+        self.weight = 1 - 0.5 * progress.fraction
+
+    def after_step(self, progress):
+        super().after_step(progress)
+        self.weight = 1 - 0.5 * progress.fraction
+
+    def loss(self, batch):
+        return self.weight * super().loss(batch)["loss"]
+
+
+class TeachesEachEpoch(Good):
+    after_step = Method.after_step
+
+    def on_epoch_start(self, progress):
+        self.teacher.update(self.encoder, self.momentum)
+
+
+class KeepsAQueue(Good):
+    """Rows written while the loss is computed, and a measurement that there is not yet."""
+
+    def __init__(self, encoder: Encoder, loss: TwoViewLoss) -> None:
+        super().__init__(encoder, loss)
+        self.queue = FeatureQueue(16, 4)
+        self.register_buffer("accuracy", torch.tensor(float("nan")))
+
+    def loss(self, batch):
+        query, key = self.encoder(batch["view1"]), self.teacher(batch["view2"])
+        value = self.criterion(query, key, self.queue.embeddings if self.queue.filled else None)
+        self.queue.enqueue(key)
+        return value
+
+
+class DrawsFromNumPy(Good):
+    def loss(self, batch):
+        noise = torch.from_numpy(np.random.randn(ROWS, WIDTH)).float()  # noqa: NPY002
+        return super().loss({**batch, "view1": batch["view1"] + noise})
+
+
+class DrawsFromPython(Good):
+    def on_epoch_start(self, progress):
+        random.random()
+
+
+class SeedsEachLoss(Good):
+    def loss(self, batch):
+        torch.manual_seed(1)
+        return super().loss(batch)
+
+
+class SeedsEachEpoch(Good):
+    def on_epoch_start(self, progress):
+        torch.manual_seed(progress.epoch)
+
+
+class CentresTheBatch(Good):
+    def embed(self, inputs):
+        embeddings = self.encoder(inputs)
+        return embeddings - embeddings.mean(0)
+
+
+class ForgetsItsTeacher(Good):
+    after_step = Method.after_step
+
+
+class TeachesWithTheLoss(Good):
+    after_step = Method.after_step
+
+    def loss(self, batch):
+        self.teacher.update(self.encoder, self.momentum)
+        return super().loss(batch)
+
+
+class SkipsTheScaler(TakingTurns):
+    def update(self, batch, optimizers, backward):
+        return super().update(batch, optimizers, lambda loss: loss.backward())
+
+
+class UpdatesInSilence(TakingTurns):
+    def update(self, batch, optimizers, backward):
+        super().update(batch, optimizers, backward)
+
+
+class AssertsInSilence(Good):
+    def loss(self, batch):
+        raise AssertionError
 
 
 class Detached(Good):
@@ -301,6 +402,10 @@ BAD = {
     PerRow: "gives_an_attached_scalar_loss",
     LogsNaN: "gives_an_attached_scalar_loss",
     Unnamed: "gives_an_attached_scalar_loss",
+    DrawsFromNumPy: "draws_from_torch_and_sets_no_seed",
+    DrawsFromPython: "draws_from_torch_and_sets_no_seed",
+    SeedsEachLoss: "draws_from_torch_and_sets_no_seed",
+    SeedsEachEpoch: "draws_from_torch_and_sets_no_seed",
     AnotherForward: "calling_it_gives_the_loss",
     EmbedsInTrainingMode: "embeds_without_a_trace",
     SwitchesToEvaluation: "embeds_without_a_trace",
@@ -308,10 +413,14 @@ BAD = {
     EmbedsTheBatch: "embeds_without_a_trace",
     EmbedsFlat: "embeds_without_a_trace",
     RemembersWhatItEmbedded: "embeds_without_a_trace",
+    CentresTheBatch: "embeds_each_row_alone",
     ForgetsAParameter: "parameter_groups_hold_every_parameter_once",
     RepeatsAParameter: "parameter_groups_hold_every_parameter_once",
     TrainsAStranger: "parameter_groups_hold_every_parameter_once",
     HasAnIdleParameter: "two_steps_move_every_parameter",
+    SkipsTheScaler: "two_steps_move_every_parameter",
+    ForgetsItsTeacher: "momentum_encoders_follow_the_steps",
+    TeachesWithTheLoss: "momentum_encoders_follow_the_steps",
     ClimbsTheLoss: "loss_falls_on_one_batch",
     HidesACentre: "state_dict_holds_all_state",
     HidesAConstant: "state_dict_holds_all_state",
@@ -357,6 +466,36 @@ def test_a_good_method_passes(kind, name):
 def test_a_bad_method_fails(kind, name):
     with pytest.raises(AssertionError, match=f"^{kind.__name__} fails {name}: "):
         checks_of(kind)[name]()
+
+
+@pytest.mark.parametrize("kind", [EmbedsInDouble, FollowsASchedule, TeachesEachEpoch, KeepsAQueue])
+def test_an_unusual_method_passes(kind):
+    check_method(factory(kind), batches(), inputs=batches()[0]["view1"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (DrawsFromNumPy, "it draws from the global random state of NumPy, not of torch"),
+        (SeedsEachEpoch, "it sets torch's global seed"),
+        (CentresTheBatch, "embeddings of the first half of the inputs move by"),
+        (SkipsTheScaler, "update never calls the backward that it is given"),
+        (UpdatesInSilence, "update returns NoneType, not a scalar or a dict of scalars"),
+        (ForgetsItsTeacher, "teacher does not follow its module: after_step must call teacher.update"),
+        (TeachesWithTheLoss, "teacher moves when the loss is computed"),
+        (HidesACentre, "an instance that loaded the state_dict"),
+        (AssertsInSilence, "AssertionError: no message"),
+    ],
+)
+def test_the_first_failure_tells_what_is_wrong(kind, sentence):
+    with pytest.raises(AssertionError, match=sentence):
+        check_method(factory(kind), batches(), inputs=batches()[0]["view1"])
+
+
+def test_rows_are_embedded_alone_where_inputs_can_be_cut():
+    checks = method_checks(factory(Good), batches(), inputs=[1, 2])
+    assert "embeds_each_row_alone" in checks_of(Good)
+    assert "embeds_each_row_alone" not in checks
 
 
 def test_every_check_can_fail():

@@ -102,9 +102,7 @@ def positive(name: str, value: float | Tensor, *, rows: int | None = None) -> No
         require(((held > 0) & held.isfinite()).all(), f"{name} must be finite and > 0, got another value.")
     elif not (isinstance(value, int | float) and not isinstance(value, bool)):
         raise TypeError(f"{name} must be a number > 0 or a tensor, got {type(value).__name__}.")
-    elif (
-        not 0 < value < math.inf
-    ):  # the compiler follows comparisons of a symbolic number, but no math.isfinite
+    elif not 0 < value < math.inf:  # the compiler can trace a comparison of symbols, but not math.isfinite
         raise ValueError(f"{name} must be finite and > 0, got {value}.")
 
 

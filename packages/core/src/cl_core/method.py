@@ -39,7 +39,8 @@ class Method(nn.Module):
     ``loss = method(batch); loss.backward()`` trains it in a bare loop; :mod:`cl_core.training` runs the same
     object under Lightning. An injected loss is stored as ``self.criterion`` (an attribute called ``loss``
     would hide behind the method); every other argument of the constructor under its own name, which is what
-    an export writes down.
+    an export writes down. Random numbers come from torch's global generators, which the loop seeds and
+    restores; a method sets no seed.
     """
 
     def loss(self, batch: Any) -> Tensor | dict[str, Tensor]:
@@ -51,7 +52,7 @@ class Method(nn.Module):
         return self.loss(batch)
 
     def embed(self, inputs: Any) -> Tensor:
-        """What a downstream user wants: one row an input, shape (N, D)."""
+        """What a downstream user wants: one row an input, shape (N, D), whatever other inputs are there."""
         raise NotImplementedError(f"{type(self).__name__} must define embed(inputs).")
 
     def on_fit_start(self, progress: Progress) -> None:

@@ -22,6 +22,7 @@ import functools
 import inspect
 import io
 import math
+import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl_core.method import Method, Progress
+from cl_core.momentum import ExponentialMovingAverage
 from cl_core.plugins import unknown
 from cl_core.testing._differences import assert_same
 
@@ -72,7 +74,7 @@ def check_method(
     Args:
         factory: makes a small instance, at random from torch's global state; called many times, under seeds set here.
         batches: training batches, as ``Method.loss`` takes them; used in turn. A few rows each are enough.
-        inputs: what ``Method.embed`` takes.
+        inputs: what ``Method.embed`` takes; a tensor of one input a row is also embedded by halves.
         rows: rows that ``embed`` must return for them; None for ``len(inputs)``.
         lr: learning rate of Adam, with which the loss on one batch must fall within 30 steps.
         stored_loss: loss of the first batch after a step on the first and one on the next, as an earlier version
@@ -116,6 +118,7 @@ def method_checks(
         )
     case = Case(factory, batches, inputs, len(inputs) if rows is None else rows, lr, stored_loss)
     left_out = {
+        "embeds_each_row_alone": not isinstance(inputs, Tensor) or case.rows != len(inputs) or case.rows < 2,
         "exports_and_loads": find_spec("safetensors") is None,  # comes with cl-core[train]
         "loss_after_two_steps_is_as_stored": stored_loss is None,
     }
@@ -129,7 +132,8 @@ def _run(name: str, case: Case) -> None:
                 replace(case, batches=copy.deepcopy(case.batches), inputs=copy.deepcopy(case.inputs))
             )
         except Exception as error:
-            what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+            ours = isinstance(error, AssertionError) and str(error)
+            what = str(error) if ours else f"{type(error).__name__}: {str(error) or 'no message'}"
             raise AssertionError(f"{_name(case)} fails {name}: {what}") from error
 
 
@@ -171,6 +175,7 @@ class BareTraining:
         self.case, self.total_steps, self.step = case, total_steps, 0
         self.method = _made(case, seed=seed)
         self.optimizers = _optimizers(self.method, case.lr, weight_decay, eps)
+        self.backwards = 0  # calls of what an update of the method's own is given
         if saved is None:
             self.method.on_fit_start(self._progress(0))
             return
@@ -208,7 +213,7 @@ class BareTraining:
 
     def _update(self, batch: Any) -> Tensor:
         if type(self.method).update is not Method.update:
-            return _scalar(self.method.update(batch, self.optimizers, lambda loss: loss.backward()))
+            return _scalar(self.method.update(batch, self.optimizers, self._backward), "update")
         loss = _scalar(self.method(batch))
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
@@ -216,6 +221,10 @@ class BareTraining:
         for optimizer in self.optimizers.values():
             optimizer.step()
         return loss.detach()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.backwards += 1
+        loss.backward()
 
 
 def _optimizers(method: Method, lr: float, weight_decay: float, eps: float) -> dict[str, Optimizer]:
@@ -232,8 +241,20 @@ def _made(case: Case, *, seed: int = 0) -> Method:
     return case.factory()
 
 
-def _scalar(losses: Tensor | Mapping[str, Tensor]) -> Tensor:
-    return losses if isinstance(losses, Tensor) else losses["loss"]
+def _named(losses: Any, source: str) -> Mapping[str, Tensor]:
+    """What ``loss`` or ``update`` returned, as a dict."""
+    named = {"loss": losses} if isinstance(losses, Tensor) else losses
+    assert isinstance(named, Mapping), (
+        f"{source} returns {type(losses).__name__}, not a scalar or a dict of scalars"
+    )
+    assert "loss" in named, f"there is no 'loss' among the {list(named)} that {source} returns"
+    for name, value in named.items():
+        assert isinstance(value, Tensor), f"{name} is {type(value).__name__}, not a tensor"
+    return named
+
+
+def _scalar(losses: Any, source: str = "loss") -> Tensor:
+    return _named(losses, source)["loss"]
 
 
 def _loss(method: Method, batch: Any) -> Any:
@@ -287,18 +308,33 @@ def _construction_repeats_under_a_seed(case: Case) -> None:
 
 @_check
 def _gives_an_attached_scalar_loss(case: Case) -> None:
-    losses = _loss(_made(case), case.batches[0])
-    named = {"loss": losses} if isinstance(losses, Tensor) else losses
-    assert isinstance(named, Mapping), (
-        f"loss returns {type(losses).__name__}, not a scalar or a dict of scalars"
-    )
-    assert "loss" in named, f"there is no 'loss' among {list(named)}"
+    named = _named(_loss(_made(case), case.batches[0]), "loss")
     for name, value in named.items():
-        assert isinstance(value, Tensor), f"{name} is {type(value).__name__}, not a tensor"
         assert value.ndim == 0, f"{name} has shape {tuple(value.shape)}, not that of a scalar"
         assert value.isfinite(), f"{name} is {value.item()}"
     assert named["loss"].dtype == torch.float32, f"loss is {named['loss'].dtype}"
     assert named["loss"].requires_grad, "loss is detached from the parameters"
+
+
+@_check
+def _draws_from_torch_and_sets_no_seed(case: Case) -> None:
+    before = _other_random_states()
+    training = BareTraining(case, seed=5)
+    training.run(4)  # into a second epoch
+    _embedding(training.method, case.inputs)
+    for source, state in _other_random_states().items():
+        assert state == before[source], f"it draws from the global random state of {source}, not of torch"
+    assert torch.initial_seed() == 5, "it sets torch's global seed: all that is drawn after repeats"
+
+
+def _other_random_states() -> dict[str, tuple[Any, ...]]:
+    states = {"Python": random.getstate()}
+    if find_spec("numpy") is not None:
+        import numpy as np
+
+        _, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+        states["NumPy"] = (np.asarray(keys).tobytes(), *rest)
+    return states
 
 
 @_check
@@ -338,6 +374,19 @@ def _embeds_without_a_trace(case: Case) -> None:
 
 
 @_check
+def _embeds_each_row_alone(case: Case) -> None:
+    training = BareTraining(case)
+    training.run(2)
+    embeddings = _embedding(training.method, case.inputs)
+    half = _embedding(training.method, case.inputs[: case.rows // 2])
+    # Wide enough for half precision: statistics of the batch move embeddings by much more.
+    off = (half - embeddings[: len(half)]).abs().max() / embeddings.abs().max().clamp_min(1e-30)
+    assert off <= 0.02, (
+        f"embeddings of the first half of the inputs move by {off:.2g} of the largest entry without the second half"
+    )
+
+
+@_check
 def _parameter_groups_hold_every_parameter_once(case: Case) -> None:
     method = _made(case)
     names = {id(parameter): name for name, parameter in method.named_parameters()}
@@ -355,9 +404,40 @@ def _two_steps_move_every_parameter(case: Case) -> None:
     trained = {name: p for name, p in training.method.named_parameters() if p.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     training.run(2)
+    own = type(training.method).update is not Method.update
+    assert training.backwards or not own, (
+        "update never calls the backward that it is given, which also scales for mixed precision"
+    )
     for name, parameter in trained.items():
         assert parameter.isfinite().all(), f"{name} is not finite"
         assert not torch.equal(parameter, before[name]), f"{name} has not moved"
+
+
+@_check
+def _momentum_encoders_follow_the_steps(case: Case) -> None:
+    training = BareTraining(case)
+    averages = {
+        name: module
+        for name, module in training.method.named_modules()
+        if isinstance(module, ExponentialMovingAverage)
+    }
+    before = copy.deepcopy(averages)
+    training.run(4)  # into a second epoch
+    after = copy.deepcopy(averages)
+    for name in averages:
+        assert _parameters_moved(before[name], after[name]), (
+            f"{name} does not follow its module: after_step must call {name}.update"
+        )
+    _loss(training.method, case.batches[0])
+    for name, average in averages.items():
+        assert not _parameters_moved(after[name], average), (
+            f"{name} moves when the loss is computed: call {name}.update in after_step, once an optimiser step"
+        )
+
+
+def _parameters_moved(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return not all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 @_check
@@ -385,14 +465,12 @@ def _loss_after_two_steps_is_as_stored(case: Case) -> None:
 def _state_dict_holds_all_state(case: Case) -> None:
     training = BareTraining(case)
     training.run(2)
-    buffer = io.BytesIO()
-    torch.save(training.method.state_dict(), buffer)
-    loaded = _made(case, seed=1)
-    loaded.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    loaded = BareTraining(case, seed=1, saved=training.save()).method
+    why = "of an instance that loaded the state_dict and was told its progress"
     one, other = _embedding(training.method, case.inputs), _embedding(loaded, case.inputs)
-    assert_same(other, one, "embeddings after loading")
+    assert_same(other, one, f"embeddings {why}")
     one, other = _loss(training.method, case.batches[-1]), _loss(loaded, case.batches[-1])
-    assert_same(other, one, "next loss after loading")
+    assert_same(other, one, f"next loss {why}")
 
 
 @_check
@@ -409,11 +487,11 @@ def _resumes_exactly(case: Case) -> None:
 @_check
 def _hooks_reach_the_last_step(case: Case) -> None:
     training = BareTraining(case, total_steps=2)
-    modes = _modes(training.method.train())
+    modes, before = _modes(training.method.train()), _state(training.method)
     training.run(2)  # after_step is told step 2 of 2
     assert_same(_modes(training.method), modes, "training mode before and after the hooks")
     for name, value in training.method.state_dict().items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not (name in before and before[name].isnan().any()):
             assert not value.isnan().any(), f"{name} holds NaN after the last step"
     assert _scalar(_loss(training.method, case.batches[0])).isfinite(), (
         "loss is not finite after the last step"
@@ -452,6 +530,7 @@ def _exports_and_loads(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(1)
         loaded = load_export(export_method(training.method, folder))
-    assert type(loaded) is type(training.method)
+    made, expected = type(loaded).__name__, type(training.method).__name__
+    assert type(loaded) is type(training.method), f"the export loads as {made}, not as {expected}"
     one, other = _embedding(training.method, case.inputs), _embedding(loaded, case.inputs)
     assert_same(other, one, "embeddings of the export")
