@@ -9,6 +9,7 @@ import torch
 
 from cl_core import clustering
 from cl_core.clustering import kmeans, nearest_centroid
+from cl_core.memory import FeatureQueue, InstanceBank, PrototypeBank
 
 
 def blobs(seed, rows=300, width=4, clusters=6, spread=0.3):
@@ -232,6 +233,55 @@ def test_ranks_agree_and_equal_one_process(world_size, metric, ranks):
             assert inertia == pytest.approx(one.inertia)
             assert (iterations, converged) == (one.iterations, one.converged)
         assert torch.equal(torch.cat([assignments for _, assignments, *_ in results]), one.assignments)
+
+
+def cluster_from_own_rows(group):
+    z = blobs(group.rank()) + group.rank()
+    return kmeans(z, 8, initial=z[:8], max_iterations=1, group=group).centroids
+
+
+def test_ranks_start_from_the_first_ranks_centroids(ranks):
+    one, other = ranks.run(cluster_from_own_rows)
+    z = torch.cat([blobs(0), blobs(1) + 1])
+    torch.testing.assert_close(one, kmeans(z, 8, initial=z[:8], max_iterations=1).centroids)
+    assert torch.equal(one, other)
+
+
+USES = {
+    "kmeans": lambda z, index, group: kmeans(z, 2, initial=z[:2], group=group),
+    "queue": lambda z, index, group: FeatureQueue(9, 3).enqueue(z, ids=index, group=group),
+    "instances": lambda z, index, group: InstanceBank(9, 3).update(index, z, group=group),
+    "prototypes": lambda z, index, group: PrototypeBank(9, [2], 3).refresh(z, index=index, group=group),
+}
+UNFIT = {
+    "a value": torch.full((4, 3), math.nan),
+    "a kind": [1.0],
+    "a dtype": torch.ones(4, 3, dtype=torch.float64),
+    "a number of rows": torch.ones(1, 3),
+}
+
+
+def refusal(group, use, unfit):
+    z = UNFIT[unfit] if group.rank() == 1 else torch.eye(4, 3)
+    try:
+        USES[use](z, torch.arange(4), group)
+    except (ValueError, TypeError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+@pytest.mark.parametrize("use", USES)
+def test_all_ranks_refuse_what_one_refuses(use, unfit, ranks):
+    found = ranks.run(refusal, use, unfit, world_size=3)
+    if unfit == "a dtype" and use == "queue":
+        assert found == [None] * 3  # it stores all rows in its own
+    elif unfit == "a dtype":
+        assert all(text.startswith("rows must have one width and dtype on all ranks") for text in found)
+    else:
+        told = "all ranks must have valid arguments, got others on ranks [1]: see the errors there."
+        assert found[::2] == [told, told]
+        assert found[1] is not None
+        assert found[1] != told
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_core import _checks, _rows
 from cl_core._types import Group
-from cl_core.distributed import Shard, shard
+from cl_core.distributed import Shard, refusing_together, shard
 
 Metric: TypeAlias = Literal["cosine", "euclidean"]
 
@@ -67,7 +67,7 @@ def kmeans(
         z: rows to cluster, shape (N, D); with a group this rank's part of them, which may be empty.
         num_clusters: K, at most the number of rows.
         metric: "euclidean" or "cosine".
-        initial: centroids to start from, shape (K, D); the first of the starts.
+        initial: centroids to start from, shape (K, D); the first of the starts. With a group, the first rank's count.
         restarts: number of starts; the lowest inertia wins.
         max_iterations: Lloyd iterations of a start.
         tolerance: stop when the centroids move less: sum_k |c_k' - c_k|^2 <= tolerance * mean feature variance.
@@ -81,27 +81,29 @@ def kmeans(
         :class:`KMeansResult`.
 
     Raises:
-        ValueError: if there are fewer rows than clusters, a value is not finite, or ``initial`` does not fit.
+        ValueError: if there are fewer rows than clusters, a value is not finite, or ``initial`` does not fit; with a
+            group, on all ranks.
 
     Cost: O(N K D) time an iteration, O(tile min(K, 4096) + K D + N) memory beside z.
     Reference: Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007.
     """
-    _checks.embeddings("z", z, at_least=1 if group is None else 0)
-    _checks.choice("metric", metric, ("cosine", "euclidean"))
-    for name, value in (("num_clusters", num_clusters), ("restarts", restarts), ("tile", tile)):
-        _checks.count(name, value)
-    _checks.count("max_iterations", max_iterations)
-    if not (tolerance >= 0 and math.isfinite(tolerance)):
-        raise ValueError(f"tolerance must be finite and >= 0, got {tolerance}.")
-    if initial is not None:
-        _checks.embeddings("initial", initial)
-        if initial.shape != (num_clusters, z.shape[1]):
-            raise ValueError(
-                f"initial must have shape {(num_clusters, z.shape[1])}, (num_clusters, D), "
-                f"got {tuple(initial.shape)}."
-            )
-        if initial.device != z.device:
-            raise ValueError(f"initial must be on the device of z, {z.device}, got {initial.device}.")
+    with refusing_together(group, getattr(z, "device", torch.device("cpu"))):
+        _checks.embeddings("z", z, at_least=1 if group is None else 0)
+        _checks.choice("metric", metric, ("cosine", "euclidean"))
+        for name, value in (("num_clusters", num_clusters), ("restarts", restarts), ("tile", tile)):
+            _checks.count(name, value)
+        _checks.count("max_iterations", max_iterations)
+        if not (tolerance >= 0 and math.isfinite(tolerance)):
+            raise ValueError(f"tolerance must be finite and >= 0, got {tolerance}.")
+        if initial is not None:
+            _checks.embeddings("initial", initial)
+            if initial.shape != (num_clusters, z.shape[1]):
+                raise ValueError(
+                    f"initial must have shape {(num_clusters, z.shape[1])}, (num_clusters, D), "
+                    f"got {tuple(initial.shape)}."
+                )
+            if initial.device != z.device:
+                raise ValueError(f"initial must be on the device of z, {z.device}, got {initial.device}.")
     with _rows.measuring(z.device):
         data = _Data(z, metric, shard(z, group), tile, beside=initial)
         if data.total < num_clusters:
@@ -112,7 +114,7 @@ def kmeans(
         best: KMeansResult | None = None
         for start in range(restarts):
             if start == 0 and initial is not None:
-                centroids = data.enter(initial)
+                centroids = data.of_first_rank(data.enter(initial))
             else:
                 centroids = _plus_plus(*_seeding(data, num_clusters, generator))
             result = _lloyd(data, centroids, max_iterations, threshold)
@@ -221,6 +223,10 @@ class _Data:
             return _rows.unit(rows).to(self.dtype)
         return rows.to(self.dtype) / self.unit - self.mean
 
+    def of_first_rank(self, value: Tensor) -> Tensor:
+        """The first rank's value on all ranks: a sum that only it takes part in needs no rank arithmetic."""
+        return self.split.sum(value if self.split.rank == 0 else torch.zeros_like(value))
+
     def leave(self, centroids: Tensor) -> Tensor:
         """Centroids for the outside world."""
         return centroids if self.metric == "cosine" else (centroids + self.mean) * self.unit
@@ -317,9 +323,7 @@ def _seeding(data: _Data, clusters: int, generator: torch.Generator | None) -> t
     trials = 2 + int(math.log(clusters))
     draws = torch.rand(clusters, trials, generator=generator, device=source, dtype=data.long_dtype)
     draws = draws.to(data.device)
-    # A sum in which only the first rank takes part is a broadcast that needs no rank arithmetic.
-    draws = data.split.sum(draws if data.split.rank == 0 else torch.zeros_like(draws))
-    return shard(rows, data.split.group).gather(data.enter(rows)), draws
+    return shard(rows, data.split.group).gather(data.enter(rows)), data.of_first_rank(draws)
 
 
 def _plus_plus(rows: Tensor, draws: Tensor) -> Tensor:

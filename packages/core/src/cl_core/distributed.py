@@ -10,11 +10,13 @@ Each rank evaluates its own anchors against the rows of all ranks; the backward 
 ``reduction="sum"`` therefore returns the world size times the rank's own sum, and ``"none"`` the rank's own values.
 
 All ranks must call a loss, and with inputs that pass its checks: where one rank raises, the others wait in the exchange
-until the timeout of their process group.
+until the timeout of their process group. Memories and k-means, which run between steps, are refused on all ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ _DTYPES = [
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 ]
+_REFUSED = (-1, 0, 0)  # stands for a rank without valid rows: count, width, dtype
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,17 @@ def resolve(group: Group) -> dist.ProcessGroup | None:
     return found if dist.get_world_size(found) > 1 else None
 
 
-def shard(rows: Tensor, group: Group) -> Shard:
+def shard(rows: Tensor, group: Group, *, at_least: int = 1) -> Shard:
     """Exchange how many rows each rank holds.
 
     Args:
         rows: this rank's rows, shape (N_rank, ...), N_rank >= 0.
         group: None, "world" or a process group.
+        at_least: rows that all ranks must have together.
 
     Raises:
-        ValueError: on all ranks, if none holds any row, or their widths or dtypes differ.
+        ValueError: on all ranks, if they hold too few rows together, their widths or dtypes differ, or a rank
+            left by an error inside :func:`refusing_together`.
     """
     found = resolve(group)
     if found is None:
@@ -112,19 +117,42 @@ def shard(rows: Tensor, group: Group) -> Shard:
     else:
         # Width and dtype go along, so that all ranks refuse a mismatch that would break the exchange of the rows.
         width = rows.shape[1] if rows.ndim > 1 else 1
-        own = torch.tensor([rows.shape[0], width, _DTYPES.index(rows.dtype)], device=rows.device)
-        gathered = own.new_empty(3 * dist.get_world_size(found))
-        dist.all_gather_into_tensor(gathered, own, group=found)
-        counts, widths, dtypes = gathered.view(-1, 3).t().tolist()
+        own = (rows.shape[0], width, _DTYPES.index(rows.dtype))
+        counts, widths, dtypes = _exchange(found, own, rows.device)
+        if _REFUSED[0] in counts:
+            ranks = [rank for rank, count in enumerate(counts) if count == _REFUSED[0]]
+            raise ValueError(
+                f"all ranks must have valid arguments, got others on ranks {ranks}: see the errors there."
+            )
         if len(set(widths)) > 1 or len(set(dtypes)) > 1:
             names = [str(_DTYPES[index]).removeprefix("torch.") for index in dtypes]
             raise ValueError(
                 f"rows must have one width and dtype on all ranks, got {list(zip(widths, names, strict=True))}."
             )
         result = Shard(found, tuple(counts), dist.get_rank(found))
-    if result.total == 0:
+    if result.total < at_least:
         raise ValueError("the batch must have at least 1 row on some rank, got none on any.")
     return result
+
+
+@contextmanager
+def refusing_together(group: Group, device: torch.device) -> Iterator[None]:
+    """Around the checks that come before :func:`shard`: there the other ranks learn that this one has refused."""
+    try:
+        yield
+    except (TypeError, ValueError):
+        found = resolve(group)
+        if found is not None:
+            _exchange(found, _REFUSED, device)
+        raise
+
+
+def _exchange(group: dist.ProcessGroup, own: Sequence[int], device: torch.device) -> list[list[int]]:
+    """A few integers of every rank, those of one kind together."""
+    sent = torch.tensor(own, device=device)
+    gathered = sent.new_empty(len(own) * dist.get_world_size(group))
+    dist.all_gather_into_tensor(gathered, sent, group=group)
+    return gathered.view(-1, len(own)).t().tolist()
 
 
 class _AllGather(torch.autograd.Function):

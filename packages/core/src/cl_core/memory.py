@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cl_core import _checks, _rows
 from cl_core._types import Group
 from cl_core.clustering import kmeans, nearest_centroid
-from cl_core.distributed import Shard, resolve, shard
+from cl_core.distributed import Shard, refusing_together, shard
 
 
 class _Memory(nn.Module):
@@ -132,12 +131,13 @@ class FeatureQueue(_Memory):
 
         Cost: O(N D), whatever the size.
         """
-        _check_rows(z, self._embeddings)
-        keys = torch.full((len(z), 2), -1, dtype=torch.int64, device=z.device)
-        for column, (name, values) in enumerate((("labels", labels), ("ids", ids))):
-            if values is not None:
-                _checks.labels(name, values, rows=len(z), of="z", device=z.device)
-                keys[:, column] = values
+        with refusing_together(group, self._embeddings.device):
+            _check_rows(z, self._embeddings)
+            keys = torch.full((len(z), 2), -1, dtype=torch.int64, device=z.device)
+            for column, (name, values) in enumerate((("labels", labels), ("ids", ids))):
+                if values is not None:
+                    _checks.labels(name, values, rows=len(z), of="z", device=z.device)
+                    keys[:, column] = values
         # A copy in any case: the caller may change z before it is written.
         rows = (_rows.unit(z) if self.normalize else z.clone()).to(self._embeddings.dtype)
         rows, keys = _gather(group, rows, keys)
@@ -301,10 +301,12 @@ class InstanceBank(_Memory):
 
         Cost: O(N D); a copy of the bank each time that more than ``num_samples`` rows came in unread.
         """
-        _check_rows(z, self._embeddings)
-        _checks.labels("index", index, rows=len(z), of="z", device=z.device)
-        _check_range("index", index, self.num_samples)
-        self._pending.append(_gather(group, index.long(), _rows.unit(z)))
+        with refusing_together(group, self._embeddings.device):
+            _check_rows(z, self._embeddings)
+            _checks.labels("index", index, rows=len(z), of="z", device=z.device)
+            _check_range("index", index, self.num_samples)
+        z, index = _gather(group, _rows.unit(z), index.long())
+        self._pending.append((index, z))
         if sum(len(index) for index, _ in self._pending) > self.num_samples:
             # Nobody reads: do not let it grow, but leave the rows that a backward may still need.
             self._embeddings, self._seen = self._embeddings.clone(), self._seen.clone()
@@ -461,15 +463,16 @@ class PrototypeBank(_Memory):
 
         Cost: that of :func:`cl_core.clustering.kmeans` for each granularity.
         """
-        _check_rows(z, self.prototypes[0])
-        if index is None:
-            if len(z) != self.num_samples:
-                raise ValueError(
-                    f"z must hold all {self.num_samples} samples when there is no index, got {len(z)}."
-                )
-            index = torch.arange(self.num_samples, device=z.device)
-        _checks.labels("index", index, rows=len(z), of="z", device=z.device)
-        _check_range("index", index, self.num_samples)
+        with refusing_together(group, self.assignments.device):
+            _check_rows(z, self.prototypes[0])
+            if index is None:
+                if len(z) != self.num_samples:
+                    raise ValueError(
+                        f"z must hold all {self.num_samples} samples when there is no index, got {len(z)}."
+                    )
+                index = torch.arange(self.num_samples, device=z.device)
+            _checks.labels("index", index, rows=len(z), of="z", device=z.device)
+            _check_range("index", index, self.num_samples)
         warm = warm_start and bool((self.assignments >= 0).any())
         split = shard(z, group)
         where = split.gather(index.long())
@@ -531,13 +534,7 @@ def _check_range(name: str, index: Tensor, size: int) -> None:
     _checks.require(((index >= 0) & (index < size)).all(), message)
 
 
-def _gather(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows of all ranks in rank order, for tensors with equally many rows; there may be none at all."""
-    found = resolve(group)
-    if found is None:
-        return tensors
-    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
-    counts = own.new_empty(dist.get_world_size(found))
-    dist.all_gather_into_tensor(counts, own, group=found)
-    split = Shard(found, tuple(counts.tolist()), dist.get_rank(found))
-    return tuple(split.gather(tensor) for tensor in tensors) if split.total else tensors
+def _gather(group: Group, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of all ranks in rank order, and as many keys; there may be none at all."""
+    split = shard(rows, group, at_least=0)
+    return (split.gather(rows), split.gather(keys)) if split.total else (rows, keys)
