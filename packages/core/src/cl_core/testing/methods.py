@@ -274,7 +274,7 @@ def _state(method: Method) -> dict[str, Any]:
 
 
 def _modes(method: Method) -> dict[str, bool]:
-    return {name: module.training for name, module in method.named_modules()}
+    return {name or "the method": module.training for name, module in method.named_modules()}
 
 
 @_check
@@ -287,10 +287,10 @@ def _constructor_stores_its_arguments(case: Case) -> None:
     for parameter in list(inspect.signature(constructor).parameters.values())[1:]:
         name = parameter.name
         assert parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD), (
-            f"*{name} is not named"
+            f"*{name} takes arguments without names of their own"
         )
         assert any(_is_stored(method, n) for n in (name, _ALIASES.get(name, name))), (
-            f"argument {name!r} is not stored"
+            f"argument {name!r} is not stored as self.{_ALIASES.get(name, name)}"
         )
 
 
@@ -312,7 +312,7 @@ def _gives_an_attached_scalar_loss(case: Case) -> None:
     for name, value in named.items():
         assert value.ndim == 0, f"{name} has shape {tuple(value.shape)}, not that of a scalar"
         assert value.isfinite(), f"{name} is {value.item()}"
-    assert named["loss"].dtype == torch.float32, f"loss is {named['loss'].dtype}"
+    assert named["loss"].dtype == torch.float32, f"loss is {named['loss'].dtype}, not torch.float32"
     assert named["loss"].requires_grad, "loss is detached from the parameters"
 
 
@@ -447,7 +447,9 @@ def _loss_falls_on_one_batch(case: Case) -> None:
     for _ in range(30):
         torch.manual_seed(7)  # the same dropout and augmentation each step: only learning changes the loss
         losses += training.run(1)
-    assert max(losses[-5:]) < losses[0], f"from {losses[0]:.6g} to {losses[-5:]} in the last five of 30 steps"
+    assert max(losses[-5:]) < losses[0], (
+        f"it does not fall: {losses[0]:.6g} at first, up to {max(losses[-5:]):.6g} in the last five of 30 steps"
+    )
 
 
 @_check
