@@ -26,7 +26,6 @@ FORMAT = "cl-export"
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _ALIASES = {"loss": "criterion"}
-_WITHOUT_ARGUMENTS = (nn.Module.__init__, nn.Identity.__init__)
 
 
 def export_method(method: Method, folder: str | Path) -> Path:
@@ -195,7 +194,8 @@ def base_classes(annotation: Any) -> list[type]:
 
 def _arguments(module: nn.Module, name: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
-    if type(module).__init__ in _WITHOUT_ARGUMENTS:
+    owner = next(base for base in type(module).__mro__ if "__init__" in vars(base))
+    if owner in (nn.Module, nn.Identity):  # they take anything and use nothing
         return arguments
     for parameter in list(inspect.signature(type(module).__init__).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
