@@ -525,3 +525,26 @@ def test_a_device_that_is_not_there_leaves_no_folder(tiny):
     with pytest.raises(ValueError, match="warp"):
         run(tiny, trainer=TrainerOptions(accelerator="warp"))
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["TinyMethod", "TwoOptimisers"])
+def test_a_run_cannot_end_before_where_it_stands(tiny, kind):
+    def options(epochs, steps=-1):
+        return TrainerOptions(max_epochs=epochs, max_steps=steps, **CPU)
+
+    with pytest.raises(Killed):
+        run(tiny, getattr(tiny, kind), run_dir="cut", kill_at=9, checkpoint=Checkpointing(every_steps=2))
+    before = Path("cut/config.yaml").read_bytes()
+    for less, said in (
+        (options(1), "max_epochs must be at least 2, begun so far, got 1"),
+        (options(3, 4), "max_steps must be at least 8, done so far, got 4"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(tiny, getattr(tiny, kind), resume="cut", trainer=less)
+        assert Path("cut/config.yaml").read_bytes() == before
+    run(tiny, getattr(tiny, kind), run_dir="short", trainer=options(3, 7))
+    with pytest.raises(ValueError, match="max_steps was 7 and ended the run inside an epoch"):
+        run(tiny, getattr(tiny, kind), resume="short", trainer=options(3))
+    run(tiny, getattr(tiny, kind), run_dir="even", trainer=options(3, 10))
+    longer = run(tiny, getattr(tiny, kind), resume="even", trainer=options(3))
+    assert longer.metrics["steps"] == 15

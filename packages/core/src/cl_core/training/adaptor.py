@@ -89,17 +89,26 @@ class LitMethod(pl.LightningModule):
     @property
     def progress(self) -> Progress:
         """Where training stands; needs a running trainer."""
-        trainer = self.trainer
-        accumulate, limit = self.accumulate_batches, self.max_steps
-        if self.automatic_optimization:
-            accumulate, limit = trainer.accumulate_grad_batches, trainer.max_steps
-        steps = math.ceil(trainer.num_training_batches / accumulate)
+        trainer, limit = self.trainer, self._limit
+        steps = math.ceil(trainer.num_training_batches / self._accumulate)
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         total = steps * epochs if epochs else limit
         if limit > 0:
             total = min(total, limit)
         return Progress(
             self.steps_done, int(total), trainer.current_epoch, epochs or math.ceil(total / max(1, steps))
+        )
+
+    @property
+    def _limit(self) -> int:
+        """Optimiser steps after which to stop, -1 for no such limit."""
+        return self.trainer.max_steps if self.automatic_optimization else self.max_steps
+
+    @property
+    def _accumulate(self) -> int:
+        """Batches an optimiser step."""
+        return (
+            self.trainer.accumulate_grad_batches if self.automatic_optimization else self.accumulate_batches
         )
 
     def train_dataloader(self) -> TrainLoader:
@@ -180,8 +189,10 @@ class LitMethod(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the step count and every process's random state, as tensors."""
+        limit, steps = self._limit, math.ceil(self.trainer.num_training_batches / self._accumulate)
         checkpoint[STATE] = {
             "steps_done": self.steps_done,
+            "ended_inside": 0 < limit <= self.steps_done and self.steps_done % steps != 0,
             "batches": int(self.trainer.num_training_batches),
             "random_states": _gathered(random_state()),
         }
@@ -190,6 +201,18 @@ class LitMethod(pl.LightningModule):
         """Take them back."""
         state = checkpoint[STATE]
         self.steps_done, self._batches = state["steps_done"], state["batches"]
+        epochs, limit = self.trainer.max_epochs, self._limit
+        if epochs is not None and 0 < epochs <= checkpoint["epoch"]:
+            raise ValueError(
+                f"max_epochs must be at least {checkpoint['epoch'] + 1}, begun so far, got {epochs}."
+            )
+        if 0 < limit < self.steps_done:
+            raise ValueError(f"max_steps must be at least {self.steps_done}, done so far, got {limit}.")
+        if state.get("ended_inside") and limit != self.steps_done:
+            raise ValueError(
+                f"max_steps was {self.steps_done} and ended the run inside an epoch, whose other batches are lost: "
+                f"start another run from its weights with --init_from, got {limit}."
+            )
         states = state["random_states"]
         # Another number of processes is another training: nothing to be exact about.
         self._random_state = states[self.global_rank] if len(states) == self.trainer.world_size else None
