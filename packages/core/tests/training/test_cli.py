@@ -353,6 +353,15 @@ def test_reproduce_refuses_a_folder_of_other_settings(command):
     assert "out/b-narrow-seed0 holds a run of other settings" in err
 
 
+@pytest.mark.parametrize("text", ["a: [1", "seeds: [a]", "[]", "title: x"])
+def test_a_file_that_is_no_grid(command, text):
+    Path("grid.yaml").write_text(text)
+    status, _, err = command("reproduce", "grid.yaml", "--output", "out")
+    assert status == 2
+    assert err.startswith("cl-tiny: grid.yaml is not a grid of cells: ")
+    assert err.count("\n") == 1
+
+
 def test_a_stored_configuration_imports_nothing(command, tmp_path, monkeypatch):
     (tmp_path / "planted_module.py").write_text("raise SystemExit('ran')")
     monkeypatch.syspath_prepend(tmp_path)

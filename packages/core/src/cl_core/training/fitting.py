@@ -254,7 +254,7 @@ def _measure_baselines(
 ) -> None:
     """Write what the untrained encoder and the raw inputs are worth; the run is unfinished from here on."""
     if run.finished:
-        run.write_metrics(finished=False)
+        run.reopen()
     if judged is not None and judged.baselines and "untrained" not in run.read_metrics():
         untrained = evaluate(method, data, judged, device=device)
         run.write_metrics(untrained=untrained, raw=evaluate_raw(data, judged))

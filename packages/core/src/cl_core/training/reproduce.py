@@ -86,16 +86,16 @@ class Grid:
         Raises:
             ValueError: in one sentence, if the file is not a grid.
         """
-        content = yaml.safe_load(path.read_text())
         try:
+            content = yaml.safe_load(path.read_text())
             return cls(
                 title=content["title"],
                 seeds=tuple(int(seed) for seed in content["seeds"]),
                 metrics=tuple(content.get("metrics", ("knn", "linear"))),
                 cells=tuple(Cell(**cell) for cell in content["cells"]),
             )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a grid of cells: {error}.") from None
+        except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is not a grid of cells: {sentence(error)}.") from None
 
 
 def reproduce_command(domain: Domain, args: list[str]) -> None:

@@ -96,6 +96,8 @@ class RunFolder:
                 stacklevel=3,
             )
         try:
+            for left in self.path.rglob(".*.part"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
@@ -143,6 +145,12 @@ class RunFolder:
         metrics = self.read_metrics() | entries
         write_atomically(self.metrics, to_json(metrics))
         return metrics
+
+    def reopen(self) -> None:
+        """Take back what ``metrics.json`` says of a result that is about to change."""
+        stale = ("trained", "train", "steps", "test", "validate", "finished")
+        kept = {name: value for name, value in self.read_metrics().items() if name not in stale}
+        write_atomically(self.metrics, to_json(kept))
 
     def read_metrics(self) -> dict[str, Any]:
         """``metrics.json``, empty if there is none yet."""
