@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import signal
@@ -420,8 +421,15 @@ def _quiet() -> Iterator[None]:
 
 def _described(data: Data) -> dict[str, Any]:
     """What there is to write down of data that came from no configuration."""
-    described = {"class": f"{type(data).__module__}.{type(data).__qualname__}"}
-    return {**described, "batch_size": data.batch_size, "num_workers": data.num_workers}
+    described: dict[str, Any] = {"class": f"{type(data).__module__}.{type(data).__qualname__}"}
+    for name in inspect.signature(type(data)).parameters:
+        value = getattr(data, name, None)
+        try:
+            described[name] = artifacts.describe(value, name=name)
+        except TypeError:  # a function, say: then it counts which
+            kind = type(value)
+            described[name] = getattr(value, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
+    return described
 
 
 def _text(settings: Mapping[str, Any]) -> str:
