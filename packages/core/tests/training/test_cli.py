@@ -126,6 +126,10 @@ def test_fit_test_validate_and_embed(command):
     assert torch.equal(tensors["labels"], labels)
 
     assert "(test)" in command("embed", "--ckpt", run, "--output", "z.safetensors")[1]
+    for config in ("tiny/quick", run / "config.yaml"):
+        status, out, err = command("test", "--ckpt", run / "export", "--config", config)
+        assert (status, err) == (0, "")
+        assert f"kNN {100 * metrics['trained']['knn']:.2f}%" in out
     status, _, err = command("embed", "--ckpt", run, "--output", "z.safetensors", "--split", "all")
     assert status == 2
     assert "--split must be one that has rows: train (44), validation (44), test (44), got 'all'." in err

@@ -194,7 +194,7 @@ def _judge(domain: Domain, args: list[str], split: str) -> None:
 
 
 def _trained_parser(domain: Domain, verb: str) -> Parser:
-    parser = Parser(domain, verb)
+    parser = Parser(domain, verb, parts=("data", "evaluation"))
     parser.add_config()
     parser.add_data()
     parser.add_settings(evaluation=Evaluation)

@@ -47,10 +47,11 @@ class Parser:
     Args:
         domain: whose command it is.
         verb: of the command.
+        parts: of a configuration that the command has; None for all.
     """
 
-    def __init__(self, domain: Domain, verb: str) -> None:
-        self.domain = domain
+    def __init__(self, domain: Domain, verb: str, *, parts: tuple[str, ...] | None = None) -> None:
+        self.domain, self.parts = domain, parts
         self.broken = load_known(domain)
         self.parser = ArgumentParser(prog=f"{domain.command} {verb}", exit_on_error=False, allow_abbrev=False)
 
@@ -101,12 +102,25 @@ class Parser:
         resolved: list[str] = []
         for place, arg in enumerate(args):
             if place and args[place - 1] == "--config":
-                resolved.append(str(self.domain.find_config(arg)))
+                resolved.append(self._config(arg))
             elif arg.startswith("--config="):
-                resolved.append(f"--config={self.domain.find_config(arg.partition('=')[2])}")
+                resolved.append(f"--config={self._config(arg.partition('=')[2])}")
             else:
                 resolved.append(arg)
         return resolved
+
+    def _config(self, name: str) -> str:
+        """The file of a configuration, or the parts of its text that this command has."""
+        path = self.domain.find_config(name)
+        if self.parts is None:
+            return str(path)
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            content = None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is not a configuration: it is not readable YAML.")
+        return str(yaml.safe_dump({part: content[part] for part in self.parts if part in content}))
 
     def _parse(self, args: list[str]) -> Namespace:
         try:
