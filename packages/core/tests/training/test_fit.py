@@ -555,8 +555,12 @@ def test_a_run_cannot_end_before_where_it_stands(tiny, kind):
             run(tiny, getattr(tiny, kind), resume="cut", trainer=less)
         assert Path("cut/config.yaml").read_bytes() == before
     run(tiny, getattr(tiny, kind), run_dir="short", trainer=options(3, 7))
+    files = {
+        path: path.read_bytes() for path in Path("short").rglob("*") if path.suffix in (".json", ".yaml")
+    }
     with pytest.raises(ValueError, match="max_steps was 7 and ended the run inside an epoch"):
         run(tiny, getattr(tiny, kind), resume="short", trainer=options(3))
+    assert {path: path.read_bytes() for path in files} == files  # a refusal loses nothing
     run(tiny, getattr(tiny, kind), run_dir="even", trainer=options(3, 10))
     longer = run(tiny, getattr(tiny, kind), resume="even", trainer=options(3))
     assert longer.metrics["steps"] == 15

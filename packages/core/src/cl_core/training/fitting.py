@@ -144,25 +144,15 @@ def fit(
     checkpoint, monitor = checkpoint or Checkpointing(), monitor or Monitoring()
     evaluation = evaluation or Evaluation()
     # What cannot be used is refused now: before there is a folder, and not after the training.
+    artifacts.describe(method)  # or it could not be exported
     _checks.count("seed", seed, at_least=0)
     if seed > _LARGEST_SEED:
         raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {seed}.")
     data.set_seed(seed)
-    asked: dict[str, Any] = {
-        "model": artifacts.describe(method),
-        "data": _described(data),
-        **{
-            name: _plain(asdict(value))
-            for name, value in (("optimization", optimization), ("trainer", options))
-        },
-        **{name: _plain(asdict(value)) for name, value in (("checkpoint", checkpoint), ("monitor", monitor))},
-        "evaluation": _plain(asdict(evaluation)),
-        "seed": seed,
-        "init_from": None if init_from is None else str(init_from),
-        "gradient_cache_chunk": gradient_cache_chunk,
-    }
-    if config is not None:
-        asked = yaml.safe_load(config)
+    groups: dict[str, Any] = {"optimization": optimization, "trainer": options, "checkpoint": checkpoint}
+    groups |= {"monitor": monitor, "evaluation": evaluation}
+    rest = {"seed": seed, "init_from": init_from, "gradient_cache_chunk": gradient_cache_chunk}
+    asked = _described(method, data, groups, rest) if config is None else yaml.safe_load(config)
     with _one_sentence():
         lit = LitMethod(
             method,
@@ -190,10 +180,13 @@ def fit(
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     pl.seed_everything(seed + rank, verbose=False)  # processes draw different dropout masks
     with run.locked() if rank == 0 else contextlib.nullcontext(), _interruption_explained(run):
+        measured = run.read_metrics()
         if rank == 0:
             if asked != began:
                 run.write_config(config if config is not None and began is None else _text(asked))
             run.write_versions(package)
+            if run.finished:
+                run.reopen()
             _measure_baselines(run, method, data, judged, _device(options))
         if weights is not None:
             kept = artifacts.initialise(method, weights, source=str(init_from))
@@ -203,10 +196,9 @@ def fit(
         try:
             table = _train(lit, data, run, options, checkpoint, monitor, judged, package)
         except Exception:
-            if began is not None and not lit.started and rank == 0:
-                run.write_config(
-                    _text(began)
-                )  # what was refused must not stand in the way of the next resume
+            if began is not None and not lit.started and rank == 0:  # refused: all stays as it was
+                run.write_config(_text(began))
+                run.restore_metrics(measured)
             raise
         method.to("cpu").eval()
         if not lit.trainer.is_global_zero:
@@ -253,9 +245,7 @@ def _finished(run: RunFolder, method: Method) -> FitResult:
 def _measure_baselines(
     run: RunFolder, method: Method, data: Data, judged: Evaluation | None, device: str
 ) -> None:
-    """Write what the untrained encoder and the raw inputs are worth; the run is unfinished from here on."""
-    if run.finished:
-        run.reopen()
+    """Write what the untrained encoder and the raw inputs are worth, once a run."""
     if judged is not None and judged.baselines and "untrained" not in run.read_metrics():
         untrained = evaluate(method, data, judged, device=device)
         run.write_metrics(untrained=untrained, raw=evaluate_raw(data, judged))
@@ -419,8 +409,19 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _described(data: Data) -> dict[str, Any]:
-    """What there is to write down of data that came from no configuration."""
+def _described(
+    method: Method, data: Data, groups: Mapping[str, Any], rest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What there is to write down of a run that was not started from a configuration."""
+    return {
+        "model": artifacts.describe(method),
+        "data": _described_data(data),
+        **{group: _plain(asdict(settings)) for group, settings in groups.items()},
+        **{name: artifacts.describe(value, name=name) for name, value in rest.items()},
+    }
+
+
+def _described_data(data: Data) -> dict[str, Any]:
     described: dict[str, Any] = {"class": f"{type(data).__module__}.{type(data).__qualname__}"}
     for name in inspect.signature(type(data)).parameters:
         value = getattr(data, name, None)

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -143,14 +143,18 @@ class RunFolder:
     def write_metrics(self, **entries: Any) -> dict[str, Any]:
         """Add entries to ``metrics.json`` and return all of it."""
         metrics = self.read_metrics() | entries
-        write_atomically(self.metrics, to_json(metrics))
+        self.restore_metrics(metrics)
         return metrics
 
     def reopen(self) -> None:
         """Take back what ``metrics.json`` says of a result that is about to change."""
         stale = ("trained", "train", "steps", "test", "validate", "finished")
         kept = {name: value for name, value in self.read_metrics().items() if name not in stale}
-        write_atomically(self.metrics, to_json(kept))
+        self.restore_metrics(kept)
+
+    def restore_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write ``metrics.json`` anew."""
+        write_atomically(self.metrics, to_json(metrics))
 
     def read_metrics(self) -> dict[str, Any]:
         """``metrics.json``, empty if there is none yet."""
