@@ -92,6 +92,13 @@ def load_domain(name: str) -> Any:
     return _find("domain", name, available_domains()).load()
 
 
+def distribution_of(method: type) -> str:
+    """The distribution that registers a method or, of a class derived from it, its nearest base; else "cl-core"."""
+    registered = {plugin.target: plugin.distribution for plugin in available_methods()}
+    targets = (f"{base.__module__}:{base.__qualname__}" for base in method.__mro__)
+    return next((registered[target] for target in targets if target in registered), "cl-core")
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """One sentence about an unknown name, with the nearest known ones.
 

@@ -169,7 +169,7 @@ def checkpoint(tiny):
 def test_a_checkpoint_says_its_format_and_package(checkpoint):
     content = read_checkpoint(checkpoint, package="cl-core")
     assert content["format"] == {"version": VERSION, "package": "cl-core"}
-    with pytest.raises(ValueError, match=r"is not a cl-vision checkpoint, it belongs to cl-core\."):
+    with pytest.raises(ValueError, match=r"is not a cl-vision checkpoint: it belongs to cl-core"):
         read_checkpoint(checkpoint, package="cl-vision")
 
 

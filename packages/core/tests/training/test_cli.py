@@ -275,7 +275,10 @@ def test_what_was_asked_is_kept_for_the_resume(command, tiny, monkeypatch):
         patched.setattr(tiny.TinyMethod, "after_step", after_step)
         command("fit", *options, "--seed", 1, "--run_dir", "cut")  # dies before the first checkpoint
     config = yaml.safe_load(Path("cut/config.yaml").read_text())
-    assert (config["init_from"], config["monitor"]["knn_every_epochs"]) == ("first", None)
+    assert (config["init_from"], config["monitor"]["knn_every_epochs"]) == (
+        str(Path("first").absolute()),
+        None,
+    )
     assert {"run_dir", "resume", "config", "debug", "print_config"}.isdisjoint(config)
     assert command("fit", "--resume", "cut")[0] == 0
     for name in ("export/model.safetensors", "metrics.json", "metrics.csv", "config.yaml"):

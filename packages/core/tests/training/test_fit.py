@@ -59,6 +59,7 @@ def test_a_run_writes_its_folder(tiny):
     assert names == {
         ".lock",
         "config.yaml",
+        "settings.json",
         "versions.json",
         "metrics.csv",
         "metrics.json",
@@ -424,7 +425,7 @@ def test_more_epochs_go_on_where_a_run_ended(tiny):
         ({"optimization": Optimization(lr=0.1)}, r"optimization.lr was 0.001 when cut began and is 0.1 now"),
         ({"data": "batch"}, "data.batch_size was 8 when cut began and is 9 now"),
         ({"data": "size"}, "data.size was 44 when cut began and is 45 now"),
-        ({"method": "loss"}, r"model.arguments.loss.arguments.temperature was 0.5 .* is 0.7 now"),
+        ({"method": "loss"}, r"model.loss.temperature was 0.5 .* is 0.7 now"),
         ({"evaluation": Evaluation(neighbours=(1,))}, r"evaluation.neighbours was \[5\] .* is \[1\] now"),
         ({"monitor": Monitoring(moving_average=0.5)}, "monitor.moving_average was None .* is 0.5 now"),
         ({"gradient_cache_chunk": 4}, "gradient_cache_chunk was None .* is 4 now"),

@@ -194,7 +194,7 @@ class LitMethod(pl.LightningModule):
             "steps_done": self.steps_done,
             "ended_inside": 0 < limit <= self.steps_done and self.steps_done % steps != 0,
             "batches": int(self.trainer.num_training_batches),
-            "random_states": _gathered(random_state()),
+            "random_states": gathered(random_state()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -308,9 +308,18 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
+def process() -> tuple[int, int]:
+    """Number of this process, and of all of them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of all processes, in their order; every process has to call it."""
+    processes = process()[1]
+    if processes == 1:
         return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
+    states: list[Any] = [None] * processes
     torch.distributed.all_gather_object(states, state)
     return states

@@ -131,9 +131,7 @@ def fitting(method: Method, weights: dict[str, Tensor], *, source: str | Path) -
 
 
 def describe(value: Any, *, name: str = "model") -> Any:
-    """A module, or a constructor's argument, as plain values; see :func:`export_method`."""
-    if isinstance(value, nn.Module):
-        return {"class": _path_of(type(value)), "arguments": _arguments(value, name)}
+    """An object, or a constructor's argument, as plain values; see :func:`export_method`."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.item()
     if isinstance(value, Path):
@@ -147,7 +145,21 @@ def describe(value: Any, *, name: str = "model") -> Any:
             return kind(value)
     if value is None:
         return None
+    if isinstance(
+        type(value).__init__, types.FunctionType
+    ):  # written in Python, so that its arguments have names
+        return {"class": _path_of(type(value)), "arguments": _arguments(value, name)}
     raise TypeError(f"{name} is a {type(value).__name__}, which an export cannot write down.")
+
+
+def as_config(described: Any) -> Any:
+    """What :func:`describe` wrote down, in the words of a configuration."""
+    if isinstance(described, dict) and set(described) == {"class", "arguments"}:
+        arguments = {name: as_config(value) for name, value in described["arguments"].items()}
+        return {"class_path": described["class"], "init_args": arguments}
+    if isinstance(described, dict):
+        return {name: as_config(value) for name, value in described.items()}
+    return [as_config(entry) for entry in described] if isinstance(described, list) else described
 
 
 def build(described: Any, expected: Any) -> Any:
@@ -192,23 +204,24 @@ def base_classes(annotation: Any) -> list[type]:
     return [annotation] if isinstance(annotation, type) and annotation is not type(None) else []
 
 
-def _arguments(module: nn.Module, name: str) -> dict[str, Any]:
+def _arguments(built: Any, name: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
-    owner = next(base for base in type(module).__mro__ if "__init__" in vars(base))
+    kind: type = type(built)
+    owner = next(base for base in kind.__mro__ if "__init__" in vars(base))
     if owner in (nn.Module, nn.Identity):  # they take anything and use nothing
         return arguments
-    for parameter in list(inspect.signature(type(module).__init__).parameters.values())[1:]:
+    for parameter in list(inspect.signature(owner.__init__).parameters.values())[1:]:  # type: ignore[misc]
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"{name} is a {type(module).__name__}, whose arguments are not all named.")
+            raise TypeError(f"{name} is a {kind.__name__}, whose arguments are not all named.")
         attribute = parameter.name
-        if not hasattr(module, attribute) or inspect.ismethod(getattr(module, attribute)):
+        if not hasattr(built, attribute) or inspect.ismethod(getattr(built, attribute)):
             attribute = _ALIASES.get(attribute, attribute)
-        if not hasattr(module, attribute):
+        if not hasattr(built, attribute):
             raise TypeError(
-                f"{name} cannot be exported: {type(module).__name__} does not store its argument "
+                f"{name} cannot be exported: {kind.__name__} does not store its argument "
                 f"{parameter.name!r} under its own name."
             )
-        arguments[parameter.name] = describe(getattr(module, attribute), name=f"{name}.{parameter.name}")
+        arguments[parameter.name] = describe(getattr(built, attribute), name=f"{name}.{parameter.name}")
     return arguments
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,7 +80,7 @@ class Diagnostics(pl.Callback):
         if self.path.is_file() and pl_module.steps_done > 0:
             self._stored = {
                 name: values
-                for name, values in load_file(self.path).items()
+                for name, values in _stored_similarities(self.path).items()
                 if int(name.split("/")[0]) <= pl_module.steps_done
             }
 
@@ -205,11 +206,30 @@ def sampled_similarities(first: Tensor, second: Tensor, samples: int) -> dict[st
 
 
 def read_similarities(path: Path) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Step, positive and negative similarities of each measurement of :class:`Diagnostics`, in order."""
-    stored = load_file(path)
+    """Step, positive and negative similarities of each measurement of :class:`Diagnostics`, in order.
+
+    Raises:
+        ValueError: in one sentence, if the file is damaged.
+    """
+    stored = _stored_similarities(path)
     for key in sorted(name for name in stored if name.endswith("/positive")):
         step = key.split("/")[0]
         yield int(step), stored[key].float(), stored[f"{step}/negative"].float()
+
+
+def _stored_similarities(path: Path) -> dict[str, Tensor]:
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); without it, a run goes on.") from None
+    kinds: dict[str, set[str]] = {"positive": set(), "negative": set()}
+    for name in stored:
+        step, _, kind = name.partition("/")
+        if step.isdecimal():
+            kinds.get(kind, set()).add(step)
+    if len(stored) != 2 * len(kinds["positive"]) or kinds["positive"] != kinds["negative"]:
+        raise ValueError(f"{path} holds other things than similarities; without it, a run goes on.")
+    return stored
 
 
 def _evenly(values: Tensor, samples: int) -> Tensor:

@@ -98,7 +98,8 @@ def read_checkpoint(path: str | Path, *, package: str) -> dict[str, Any]:
     if not isinstance(stamp, dict) or STATE not in checkpoint:
         raise ValueError(f"{foreign}: it has no format entry.")
     if stamp.get("package") != package:
-        raise ValueError(f"{foreign}, it belongs to {stamp.get('package')}.")
+        owner = stamp.get("package")
+        raise ValueError(f"{foreign}: it belongs to {owner} (from Python, pass package={owner!r}).")
     if stamp.get("version") != VERSION:
         raise ValueError(
             f"{path} has checkpoint format {stamp.get('version')}, this {package} reads {VERSION}; "
@@ -112,11 +113,15 @@ def read_checkpoint(path: str | Path, *, package: str) -> dict[str, Any]:
     return dict(checkpoint)
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM, as schedulers do, and saved first."""
+
+
 class Checkpoints(pl.Callback):
     """Saves ``last.ckpt`` and, if asked for, one checkpoint every few epochs.
 
-    Ctrl-C is let through only after the running batch, so that what is saved then can be continued exactly;
-    a second Ctrl-C interrupts at once and leaves the checkpoint before. Put this callback last.
+    Ctrl-C and SIGTERM are let through only after the running batch, so that what is saved then can be continued
+    exactly; a second one interrupts at once and leaves the checkpoint before. Put this callback last.
 
     Args:
         folder: where checkpoints go.
@@ -126,12 +131,15 @@ class Checkpoints(pl.Callback):
     def __init__(self, folder: Path, policy: Checkpointing) -> None:
         self.folder = folder
         self.policy = policy
-        self._interrupted = False
+        self.interrupted: signal.Signals | None = None
         self._step = 0
+        self._handlers: dict[signal.Signals, Any] = {}  # before those of :meth:`graceful`
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Note where training goes on."""
+        """Note where training goes on; take SIGTERM from Lightning, which stops before an epoch's end is saved."""
         self._step = pl_module.steps_done
+        if self._handlers:
+            signal.signal(signal.SIGTERM, self._remember)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -142,7 +150,7 @@ class Checkpoints(pl.Callback):
         # Between two steps there are accumulated gradients, which no checkpoint holds; and the end of an
         # epoch saves for itself.
         if stepped and batch_idx + 1 < trainer.num_training_batches:
-            if self._interrupted or (every and step % every == 0):
+            if self.interrupted or (every and step % every == 0):
                 self._save(trainer)
             self._stop_if_interrupted()
 
@@ -152,7 +160,7 @@ class Checkpoints(pl.Callback):
         final = done == trainer.max_epochs or pl_module.steps_done >= pl_module.progress.total_steps
         keep = self.policy.keep_every_epochs
         kept = keep is not None and done % keep == 0
-        if final or kept or self._interrupted or done % self.policy.every_epochs == 0:
+        if final or kept or self.interrupted or done % self.policy.every_epochs == 0:
             self._save(trainer)
         if kept and trainer.is_global_zero:
             link_or_copy(self.folder / LAST, self.folder / f"epoch-{done:04d}.ckpt")
@@ -160,26 +168,28 @@ class Checkpoints(pl.Callback):
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
-        """Let the first Ctrl-C wait for the end of the batch, in the main thread of a single process."""
+        """Let the first Ctrl-C or SIGTERM wait for the end of the batch, in the main thread of a single process."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-
-        def remember(number: int, frame: Any) -> None:
-            self._interrupted = True
-            signal.signal(signal.SIGINT, before)
-
-        before = signal.signal(signal.SIGINT, remember)
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        signal.signal(signal.SIGINT, self._remember)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            self._handlers = {}
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.interrupted = signal.Signals(number)
+        signal.signal(number, self._handlers[self.interrupted])
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.folder / LAST)
 
     def _stop_if_interrupted(self) -> None:
-        if self._interrupted:
+        if self.interrupted:
             raise KeyboardInterrupt
 
 

@@ -88,7 +88,7 @@ def main(domain: Domain, args: Sequence[str] | None = None) -> int:
         args: arguments; None for those of the process.
 
     Returns:
-        Exit status: 0, 2 for what the user can put right (said in one sentence), 130 after Ctrl-C.
+        Exit status: 0, 2 for what the user can put right (said in one sentence), 130 after Ctrl-C, 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if args is None else args)
     verb = args[0] if args else "--help"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from cl_core.method import Method
 from cl_core.training import artifacts
-from cl_core.training.checkpoints import Checkpointing
+from cl_core.training.checkpoints import Checkpointing, Terminated
 from cl_core.training.cli import Domain
 from cl_core.training.data import SPLITS
 from cl_core.training.evaluating import Evaluation, accuracies, embed_split, has_labels
@@ -44,7 +45,7 @@ def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt as interrupt:
         print(f"\n{domain.command}: interrupted; {interrupt}".rstrip("; "), file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if "--debug" in args:
             raise
@@ -86,15 +87,12 @@ def fit_from(domain: Domain, args: list[str]) -> FitResult:
     add("--debug", action="store_true", help="show where an error came from")
     resume, rest = _without_option(args, "--resume")
     if resume is not None:
-        stored = RunFolder.existing(resume).read_config()
-        if "class_path" not in (stored.get("model") or {}):
-            raise ValueError(f"{resume} was started from Python: resume it there, with fit(..., resume=...).")
-        config = parser.parse_over(stored, rest)
+        config = parser.parse_over(RunFolder.existing(resume).read_config(), rest)
     else:
         config = parser.parse(args)
     if config.model is None and config.init_from is not None:
         exported = artifacts.read_export_config(_export_of(config.init_from))
-        config = parser.parse_over({"model": _as_config(exported["model"])}, args)
+        config = parser.parse_over({"model": artifacts.as_config(exported["model"])}, args)
     for name, topic in (("data", "data"), ("model", "methods")):
         if config[name] is None:
             raise ValueError(
@@ -251,14 +249,6 @@ def _run_of(path: Path) -> RunFolder | None:
 def _export_of(source: str) -> Path:
     path = Path(source)
     return path if artifacts.is_export(path) else RunFolder(path).export
-
-
-def _as_config(described: Any) -> Any:
-    """A module as an export describes it, in the words of a configuration."""
-    if isinstance(described, dict) and set(described) == {"class", "arguments"}:
-        arguments = {name: _as_config(value) for name, value in described["arguments"].items()}
-        return {"class_path": described["class"], "init_args": arguments}
-    return described
 
 
 def _run_name(domain: Domain, args: list[str]) -> str | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from cl_core import _checks
+from cl_core import _checks, plugins
 from cl_core.method import Method
 from cl_core.training import artifacts
 from cl_core.training.adaptor import LitMethod
@@ -29,6 +28,7 @@ from cl_core.training.checkpoints import (
     AtomicCheckpointIO,
     Checkpointing,
     Checkpoints,
+    Terminated,
     read_checkpoint,
 )
 from cl_core.training.data import SPLITS, Data
@@ -45,7 +45,15 @@ from cl_core.training.files import sentence
 from cl_core.training.optimization import Optimization
 from cl_core.training.recording import MetricsTable, ProgressBar, Recorder
 from cl_core.training.run import RunFolder
-from cl_core.training.settings import Monitoring, TrainerOptions, continued
+from cl_core.training.settings import (
+    Monitoring,
+    TrainerOptions,
+    as_configuration,
+    changes,
+    placed,
+    settings_of,
+    with_changes,
+)
 
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
@@ -106,7 +114,7 @@ def fit(
     config: str | None = None,
     gradient_cache_chunk: int | None = None,
     artist: Artist | None = None,
-    package: str = "cl-core",
+    package: str | None = None,
 ) -> FitResult:
     """Train a method, evaluate it and write everything to a run folder.
 
@@ -127,32 +135,36 @@ def fit(
         resume: a run folder to continue; the method must be built as it was then, and only settings that leave
             alone what was learnt so far may differ, such as the number of epochs.
         init_from: a run folder, export folder or checkpoint whose fitting weights to start from.
-        config: text for ``config.yaml``; None for the settings given here.
+        config: text for ``config.yaml``, of a method that the command line built of it; None for the settings given
+            here.
         gradient_cache_chunk: rows encoded at a time, for batches whose activations do not fit; None for all.
         artist: draws figures at the end; if it cannot, that is a warning.
-        package: distribution that checkpoints belong to.
+        package: distribution that checkpoints belong to; None for the one that registers the method or its nearest
+            base, else ``"cl-core"``.
 
     Returns:
         :class:`FitResult`.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C; the last checkpoint is there to resume from.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; the last checkpoint is there to resume from.
         ValueError: for data, settings, checkpoints or weights that do not fit.
         OSError: in one sentence, if the run folder cannot be written or another process trains in it.
     """
     optimization, options = optimization or Optimization(), trainer or TrainerOptions()
     checkpoint, monitor = checkpoint or Checkpointing(), monitor or Monitoring()
     evaluation = evaluation or Evaluation()
+    package = package or plugins.distribution_of(type(method))
     # What cannot be used is refused now: before there is a folder, and not after the training.
     artifacts.describe(method)  # or it could not be exported
     _checks.count("seed", seed, at_least=0)
     if seed > _LARGEST_SEED:
         raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {seed}.")
+    if resume is not None and run_dir is not None:
+        raise ValueError(
+            f"run_dir must be None where a run is resumed, which stays in its folder, got {run_dir}."
+        )
     data.set_seed(seed)
-    groups: dict[str, Any] = {"optimization": optimization, "trainer": options, "checkpoint": checkpoint}
-    groups |= {"monitor": monitor, "evaluation": evaluation}
-    rest = {"seed": seed, "init_from": init_from, "gradient_cache_chunk": gradient_cache_chunk}
-    asked = _described(method, data, groups, rest) if config is None else yaml.safe_load(config)
+    init_from = None if init_from is None else Path(init_from).expanduser()
     with _one_sentence():
         lit = LitMethod(
             method,
@@ -163,47 +175,86 @@ def fit(
             gradient_cache_chunk=gradient_cache_chunk,
             data=data,
         )
-        _trainer(options, lit)
+        processes = _trainer(options, lit).world_size
+    groups = {"optimization": optimization, "trainer": options, "checkpoint": checkpoint}
+    settings = settings_of(
+        method,
+        data,
+        {**groups, "monitor": monitor, "evaluation": evaluation},
+        processes=processes,
+        seed=seed,
+        init_from=None if init_from is None else init_from.absolute(),
+        gradient_cache_chunk=gradient_cache_chunk,
+    )
+    settings["weights"] = "given" if config is None else "drawn from the seed"
+    asked = as_configuration(settings) if config is None else placed(yaml.safe_load(config))
     judged = evaluation if has_labels(data) else None
     run = None if resume is None else RunFolder.existing(resume)
-    began = None if run is None else run.read_config()
-    if run is not None and began is not None:
-        asked = continued(began, asked, run=run.path)
-        if asked == began and run.finished:
-            return _finished(run, method)
-    weights = None
+    restore: Callable[[], None] | None = None
+    if run is not None:
+        restore = run.snapshot()
+        changed = _resumable(run, settings)
+        if not changed and run.finished and (weights := _intact_export(run)) is not None:
+            return _finished(run, method, weights)
+        settings, asked = with_changes(run.read_settings(), changed), with_changes(run.read_config(), changed)
+    initial = None
     if init_from is not None and (run is None or not run.last_checkpoint.is_file()):
-        weights = artifacts.fitting(method, weights_of(init_from, package=package), source=init_from)
+        initial = artifacts.fitting(method, weights_of(init_from, package=package), source=init_from)
     if run is None:
         name = name or f"{type(method).__name__}-{type(data).__name__}".lower()
         run = RunFolder.create(name, run_dir=run_dir)
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     pl.seed_everything(seed + rank, verbose=False)  # processes draw different dropout masks
     with run.locked() if rank == 0 else contextlib.nullcontext(), _interruption_explained(run):
-        measured = run.read_metrics()
         if rank == 0:
-            if asked != began:
-                run.write_config(config if config is not None and began is None else _text(asked))
+            run.write_settings(asked, settings)
             run.write_versions(package)
             if run.finished:
                 run.reopen()
             _measure_baselines(run, method, data, judged, _device(options))
-        if weights is not None:
-            kept = artifacts.initialise(method, weights, source=str(init_from))
+        if initial is not None and init_from is not None:
+            kept = artifacts.initialise(method, initial, source=str(init_from))
             if rank == 0:
-                run.write_metrics(initialised_from=str(init_from), kept_initial=kept)
+                run.write_metrics(initialised_from=str(init_from.absolute()), kept_initial=kept)
         method.train()
         try:
             table = _train(lit, data, run, options, checkpoint, monitor, judged, package)
         except Exception:
-            if began is not None and not lit.started and rank == 0:  # refused: all stays as it was
-                run.write_config(_text(began))
-                run.restore_metrics(measured)
+            if restore is not None and not lit.started and rank == 0:  # refused: all stays as it was
+                restore()
             raise
         method.to("cpu").eval()
         if not lit.trainer.is_global_zero:
             return FitResult(run, method, {}, [])
         return _conclude(run, lit, data, table, judged, _device(options), artist, seed=seed)
+
+
+def _resumable(run: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the resumed run has otherwise than when it began; raises if that makes another run of it."""
+    stored, config = run.read_settings(), run.read_config()
+    if lost := [name for name in as_configuration(stored) if name not in config]:
+        raise ValueError(f"{run.config} is truncated: it lacks {', '.join(lost)}.")
+    changed = changes(stored, settings, run=run.path)
+    if changed.pop("weights", None) is not None and not run.last_checkpoint.is_file():
+        began, other = "from Python", "on the command line"
+        if stored["weights"] != "given":
+            began, other = other, began
+        raise ValueError(
+            f"{run.path} was started {began} and has no checkpoint yet: resume it there, as only there its initial "
+            f"weights are known, or start another run {other}."
+        )
+    return changed
+
+
+def _intact_export(run: RunFolder) -> dict[str, Tensor] | None:
+    """The weights of a finished run, or None if they are damaged and can be written anew."""
+    try:
+        return artifacts.read_export_weights(run.export)
+    except (OSError, ValueError) as error:
+        if not run.last_checkpoint.is_file():
+            raise
+        warnings.warn(f"{sentence(error)} It is written anew from {run.last_checkpoint}.", stacklevel=3)
+        return None
 
 
 def weights_of(source: str | Path, *, package: str) -> dict[str, Tensor]:
@@ -231,10 +282,10 @@ def weights_of(source: str | Path, *, package: str) -> dict[str, Tensor]:
     return {name.removeprefix("method."): value for name, value in checkpoint["state_dict"].items()}
 
 
-def _finished(run: RunFolder, method: Method) -> FitResult:
+def _finished(run: RunFolder, method: Method, weights: dict[str, Tensor]) -> FitResult:
     """The result of a run that has nothing left to do."""
     try:
-        method.load_state_dict(artifacts.read_export_weights(run.export))
+        method.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"the weights of {run.export} do not fit: {sentence(error)}") from None
     table = MetricsTable(run.metrics_table)
@@ -366,12 +417,12 @@ def _one_sentence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruption_explained(run: RunFolder) -> Iterator[None]:
-    """Say after Ctrl-C how to go on."""
+    """Say after Ctrl-C or SIGTERM how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         kept = "the last checkpoint is kept" if run.last_checkpoint.is_file() else "no checkpoint was due yet"
-        raise KeyboardInterrupt(f"{kept}; go on with fit --resume {run.path}") from None
+        raise type(error)(f"{kept}; go on with fit --resume {run.path}") from None
 
 
 def _device(options: TrainerOptions) -> str:
@@ -381,7 +432,7 @@ def _device(options: TrainerOptions) -> str:
 
 @contextlib.contextmanager
 def _interruptible(saver: Checkpoints, *, single: bool) -> Iterator[None]:
-    """Turn the exit that Lightning makes of Ctrl-C back into KeyboardInterrupt."""
+    """Turn the exit that Lightning makes of an interruption back into KeyboardInterrupt."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         # Several processes would stop at different batches and wait for each other while saving.
@@ -390,7 +441,7 @@ def _interruptible(saver: Checkpoints, *, single: bool) -> Iterator[None]:
     except SystemExit:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from None
+        raise (Terminated if saver.interrupted == signal.SIGTERM else KeyboardInterrupt) from None
 
 
 @contextlib.contextmanager
@@ -407,37 +458,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _described(
-    method: Method, data: Data, groups: Mapping[str, Any], rest: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What there is to write down of a run that was not started from a configuration."""
-    return {
-        "model": artifacts.describe(method),
-        "data": _described_data(data),
-        **{group: _plain(asdict(settings)) for group, settings in groups.items()},
-        **{name: artifacts.describe(value, name=name) for name, value in rest.items()},
-    }
-
-
-def _described_data(data: Data) -> dict[str, Any]:
-    described: dict[str, Any] = {"class": f"{type(data).__module__}.{type(data).__qualname__}"}
-    for name in inspect.signature(type(data)).parameters:
-        value = getattr(data, name, None)
-        try:
-            described[name] = artifacts.describe(value, name=name)
-        except TypeError:  # a function, say: then it counts which
-            kind = type(value)
-            described[name] = getattr(value, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
-    return described
-
-
-def _text(settings: Mapping[str, Any]) -> str:
-    return str(yaml.safe_dump(_plain(settings), sort_keys=False))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

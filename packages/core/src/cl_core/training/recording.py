@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from cl_core.training.adaptor import gathered, process
 from cl_core.training.files import text_of, write_atomically
 
 
@@ -28,15 +29,26 @@ class MetricsTable:
         self.rows: list[dict[str, float]] = []
 
     def read(self, *, up_to_step: float = math.inf) -> None:
-        """Take back the rows of an earlier part of the run; later ones were not kept by any checkpoint."""
+        """Take back the rows of an earlier part of the run; later ones were not kept by any checkpoint.
+
+        Raises:
+            ValueError: in one sentence, if the file is damaged.
+        """
         self.rows = []
-        if self.path.is_file():
-            with self.path.open(newline="") as file:
-                rows = [
-                    {key: _short(float(value)) for key, value in row.items() if value}
-                    for row in csv.DictReader(file)
-                ]
-            self.rows = [row for row in rows if row.get("step", 0) <= up_to_step]
+        if not self.path.is_file():
+            return
+        try:
+            text = self.path.read_bytes().decode()
+            head, *lines = csv.reader(text.splitlines(), strict=True)
+            rows = [
+                {key: _short(float(value)) for key, value in zip(head, line, strict=True) if value}
+                for line in lines
+            ]
+        except (ValueError, csv.Error):
+            text = ""
+        if not text.endswith("\n") or not all({"epoch", "step"} <= row.keys() for row in rows):
+            raise ValueError(f"{self.path} is truncated or corrupt: it is not the table that a run writes.")
+        self.rows = [row for row in rows if row["step"] <= up_to_step]
 
     def append(self, row: dict[str, float]) -> None:
         """Add a row and write the file."""
@@ -71,10 +83,16 @@ class Recorder(pl.Callback):
         self.table = table
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
+        self._rows: int | None = None  # of the table, as the checkpoint counts
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Go on after the rows that belong to the restored state, also where no step is left to do."""
         self.table.read(up_to_step=pl_module.steps_done)
+        if trainer.is_global_zero and self._rows not in (None, len(self.table.rows)):
+            raise ValueError(
+                f"{self.table.path} is truncated: it has {len(self.table.rows)} rows where the checkpoint counts "
+                f"{self._rows}."
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -101,12 +119,17 @@ class Recorder(pl.Callback):
             self.table.append(row)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums of the running epoch."""
-        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "batches": self._batches}
+        """Sums of the running epoch, of every process, and the number of rows before it."""
+        sums = gathered({name: value.cpu() for name, value in self._sums.items()})
+        return {"sums": sums, "batches": self._batches, "rows": len(self.table.rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        self._sums, self._batches = dict(state["sums"]), state["batches"]
+        """Take them back; where the number of processes is another one, each takes the mean."""
+        sums, self._batches, self._rows = state["sums"], state["batches"], state["rows"]
+        rank, processes = process()
+        if len(sums) != processes:
+            sums = [{name: sum(each[name] for each in sums) / len(sums) for name in sums[0]}] * processes
+        self._sums = dict(sums[rank])
 
 
 class ProgressBar(pl.Callback):

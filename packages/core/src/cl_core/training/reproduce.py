@@ -88,12 +88,16 @@ class Grid:
         """
         try:
             content = yaml.safe_load(path.read_text())
-            return cls(
+            grid = cls(
                 title=content["title"],
                 seeds=tuple(int(seed) for seed in content["seeds"]),
                 metrics=tuple(content.get("metrics", ("knn", "linear"))),
                 cells=tuple(Cell(**cell) for cell in content["cells"]),
             )
+            for name in ("seeds", "metrics", "cells"):
+                if not getattr(grid, name):
+                    raise ValueError(f"{name} must hold at least one entry")
+            return grid
         except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is not a grid of cells: {sentence(error)}.") from None
 
@@ -128,14 +132,16 @@ def reproduce(domain: Domain, name: str, *, output: str | Path, seeds: Sequence[
         The table, as Markdown.
 
     Raises:
-        ValueError: for an unknown grid, or if ``output`` holds a run of other settings.
+        ValueError: for an unknown grid, no seed, or if ``output`` holds a run of other settings.
     """
     grids = domain.grids()
     if not Path(name).is_file() and name not in grids:
         raise ValueError(plugins.unknown("grid or file", name, grids))
     grid = Grid.read(Path(name) if Path(name).is_file() else grids[name])
+    chosen = grid.seeds if seeds is None else tuple(seeds)
+    if not chosen:
+        raise ValueError("seeds must hold at least one number, got none.")
     folder = make_folder(output)
-    chosen = tuple(seeds) if seeds else grid.seeds
     queue = [(cell, seed) for seed in chosen for cell in grid.cells]
     table = ""
     for place, (cell, seed) in enumerate(queue):

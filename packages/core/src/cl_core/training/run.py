@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,8 +27,9 @@ _CHILD = "CL_RUN_DIR"
 class RunFolder:
     """One folder a run.
 
-    ``config.yaml`` (resolved), ``versions.json``, ``metrics.csv`` (a row an epoch), ``metrics.json`` (final),
-    ``similarities.safetensors``, ``checkpoints/``, ``export/``, ``figures/``.
+    ``config.yaml`` (what was asked, resolved), ``settings.json`` (what was built of it), ``versions.json``,
+    ``metrics.csv`` (a row an epoch), ``metrics.json`` (final), ``similarities.safetensors``, ``checkpoints/``,
+    ``export/``, ``figures/``.
 
     Args:
         path: an existing folder of a run; :meth:`create` makes one.
@@ -37,6 +38,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.settings = self.path / "settings.json"
         self.metrics_table = self.path / "metrics.csv"
         self.metrics = self.path / "metrics.json"
         self.checkpoints = self.path / "checkpoints"
@@ -102,12 +104,24 @@ class RunFolder:
         finally:
             lock.release()
 
-    def write_config(self, text: str) -> None:
-        """Write the resolved configuration."""
-        write_atomically(self.config, text)
+    def write_settings(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Write ``config.yaml`` and ``settings.json``."""
+        write_atomically(self.settings, to_json(settings))
+        write_atomically(self.config, str(yaml.safe_dump(dict(config), sort_keys=False)))
+
+    def read_settings(self) -> dict[str, Any]:
+        """``settings.json``.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: in one sentence, if it is not readable.
+        """
+        if not self.settings.is_file():
+            raise FileNotFoundError(f"{self.path} cannot be resumed: there is no {self.settings.name} in it.")
+        return self._read_object(self.settings)
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved configuration.
+        """``config.yaml``.
 
         Raises:
             ValueError: in one sentence, if it is not readable.
@@ -143,22 +157,38 @@ class RunFolder:
     def write_metrics(self, **entries: Any) -> dict[str, Any]:
         """Add entries to ``metrics.json`` and return all of it."""
         metrics = self.read_metrics() | entries
-        self.restore_metrics(metrics)
+        write_atomically(self.metrics, to_json(metrics))
         return metrics
 
     def reopen(self) -> None:
         """Take back what ``metrics.json`` says of a result that is about to change."""
-        stale = ("trained", "train", "steps", "test", "validate", "finished")
+        stale = ("trained", "train", "steps", "seed", "test", "validate", "finished")
         kept = {name: value for name, value in self.read_metrics().items() if name not in stale}
-        self.restore_metrics(kept)
-
-    def restore_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Write ``metrics.json`` anew."""
-        write_atomically(self.metrics, to_json(metrics))
+        write_atomically(self.metrics, to_json(kept))
 
     def read_metrics(self) -> dict[str, Any]:
         """``metrics.json``, empty if there is none yet."""
-        return dict(read_json(self.metrics)) if self.metrics.is_file() else {}
+        return self._read_object(self.metrics) if self.metrics.is_file() else {}
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts back what the run said of itself when this was called."""
+        files = (self.settings, self.config, self.metrics, self.path / "versions.json")
+        contents = {file: file.read_bytes() for file in files if file.is_file()}
+
+        def restore() -> None:
+            for file, content in contents.items():
+                write_atomically(file, content)
+
+        return restore
+
+    @staticmethod
+    def _read_object(path: Path) -> dict[str, Any]:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{path} is damaged: it must hold a JSON object, not a {type(content).__name__}."
+            )
+        return content
 
     @property
     def finished(self) -> bool:

@@ -1,12 +1,28 @@
-"""How a run is trained and watched, and which of its settings may change when it is resumed."""
+"""How a run is trained and watched, and which of its settings may change when it is resumed.
+
+A run folder says twice what it is. ``config.yaml`` holds what was asked, in the words of the command line, to read
+and to give to ``--config``. ``settings.json`` holds what was built from it: a constructor may keep another value than
+it was given (a default filled in, a number rounded to float32), so a resumed run is compared with that one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from torch import Tensor
+
 from cl_core import _checks
+from cl_core.method import Method
+from cl_core.training.artifacts import as_config, describe
+from cl_core.training.data import Data
+from cl_core.training.files import to_json
 
 Precision: TypeAlias = Literal["32-true", "16-mixed", "bf16-mixed"]
 
@@ -18,7 +34,11 @@ _MAY_CHANGE = {
     *(f"checkpoint.{name}" for name in ("every_steps", "every_epochs", "keep_every_epochs")),
     *(f"data.{name}" for name in ("num_workers", "root", "download")),
     "evaluation.batch_size",
+    *("data.batch_size", "processes"),  # global_batch_size may not
+    "weights",  # where they came from, once a checkpoint holds them
 }
+_KIND_COUNTS = {"trainer.limit_train_batches"}  # 1 is a batch, 1.0 all of them
+_SHOWN = 500  # characters of a value that nobody reads in full
 
 
 @dataclass(frozen=True)
@@ -87,40 +107,136 @@ class Monitoring:
             raise ValueError(f"moving_average must be in (0, 1), got {self.moving_average}.")
 
 
-def continued(began: Mapping[str, Any], now: Mapping[str, Any], *, run: object) -> dict[str, Any]:
-    """The configuration that a resumed run goes on with: as it began, with what may change as it is now.
-
-    A setting that only one of the two names (a later version has more) is left as it is.
+def settings_of(
+    method: Method, data: Data, groups: Mapping[str, Any], *, processes: int, **rest: Any
+) -> dict[str, Any]:
+    """All that makes a run, as it was built, in plain values and in the words of a configuration.
 
     Args:
-        began: configuration that the run folder holds.
-        now: configuration of the resumed run.
+        method: what is trained.
+        data: what it is trained on.
+        groups: dataclasses of settings by name.
+        processes: that share a batch.
+        rest: plain settings.
+    """
+    settings = {
+        "model": as_config(describe(method)),
+        "data": _data_settings(data),
+        **{name: asdict(group) for name, group in groups.items()},
+        **{name: describe(value, name=name) for name, value in rest.items()},
+        "processes": processes,
+        "global_batch_size": processes * data.batch_size,
+    }
+    read_back: dict[str, Any] = json.loads(to_json(settings))  # as a later resume finds them
+    return read_back
+
+
+def as_configuration(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of :func:`settings_of` a configuration names."""
+    derived = ("processes", "global_batch_size", "weights")
+    return {name: value for name, value in settings.items() if name not in derived}
+
+
+def placed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose files and folders are found from any working directory."""
+    config = dict(config)
+    if isinstance(config.get("init_from"), str):
+        config["init_from"] = _absolute(config["init_from"])
+    data = config.get("data")
+    if isinstance(data, Mapping) and isinstance((data.get("init_args") or {}).get("root"), str):
+        arguments = data["init_args"]
+        config["data"] = {**data, "init_args": {**arguments, "root": _absolute(arguments["root"])}}
+    return config
+
+
+def changes(began: Mapping[str, Any], now: Mapping[str, Any], *, run: object) -> dict[str, Any]:
+    """What a resumed run has otherwise than when it began, by dotted name.
+
+    A setting that only one of the two names (a later version has more) counts as unchanged.
+
+    Args:
+        began: settings that the run folder holds.
+        now: settings of the resumed run.
         run: for the message.
 
     Raises:
         ValueError: for a setting that makes another run of it.
     """
+    found = {}
     for path, before, after in _differences("", began, now):
         if path not in _MAY_CHANGE:
+            if path == "global_batch_size":
+                path = "data.batch_size"
+                before, after = (_batch(each) for each in (began, now))
             raise ValueError(
                 f"{path} was {before} when {run} began and is {after} now: resume it as it began, or start "
                 f"another run from its weights with --init_from {run}."
             )
-    merged: dict[str, Any] = _updated(began, now)
-    return merged
+        found[path] = after
+    return found
+
+
+def with_changes(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings or a configuration with what :func:`changes` found, where they name it."""
+    updated: dict[str, Any] = _updated("", settings, changed)
+    return updated
 
 
 def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for name in before:
             if name in after:
-                inner = path if name == "init_args" else f"{path}.{name}".lstrip(".")
-                yield from _differences(inner, before[name], after[name])
-    elif before != after:
+                yield from _differences(_joined(path, name), before[name], after[name])
+    elif before != after or (path in _KIND_COUNTS and type(before) is not type(after)):
         yield path, before, after
 
 
-def _updated(before: Any, after: Any) -> Any:
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        return {name: _updated(value, after.get(name, value)) for name, value in before.items()}
-    return after
+def _updated(path: str, value: Any, changed: Mapping[str, Any]) -> Any:
+    if isinstance(value, Mapping) and path not in changed:
+        return {name: _updated(_joined(path, name), entry, changed) for name, entry in value.items()}
+    return changed.get(path, value)
+
+
+def _batch(settings: Mapping[str, Any]) -> str:
+    rows, processes = settings["global_batch_size"], settings["processes"]
+    return f"{rows // processes} on each of {processes} processes" if processes > 1 else str(rows)
+
+
+def _joined(path: str, name: str) -> str:
+    return path if name == "init_args" else f"{path}.{name}".lstrip(".")
+
+
+def _data_settings(data: Data) -> dict[str, Any]:
+    kind = type(data)
+    arguments: dict[str, Any] = {}
+    for name in inspect.signature(kind).parameters:
+        value = getattr(data, name, None)
+        try:
+            arguments[name] = _brief(as_config(describe(value, name=name)))
+        except TypeError:  # nothing that can be written down, such as a function: then it counts which
+            arguments[name] = _brief(_label(value))
+    if isinstance(arguments.get("root"), str):
+        arguments["root"] = _absolute(arguments["root"])
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}, {value.dtype}"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    shown = repr(value)
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}" if re.search(r" at 0x[0-9a-f]+", shown) else shown
+
+
+def _brief(value: Any) -> Any:
+    """A value, or if it is long its beginning and its digest, enough to see whether it is another one."""
+    shown = value if isinstance(value, str) else repr(value)
+    if len(shown) <= _SHOWN or isinstance(value, dict):
+        return value
+    return f"{shown[:_SHOWN]}... (SHA-256 {hashlib.sha256(shown.encode()).hexdigest()})"
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).expanduser().absolute())
