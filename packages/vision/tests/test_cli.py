@@ -75,6 +75,27 @@ def test_two_steps_on_digits(name, tmp_path, monkeypatch, capsys):
     assert f"kNN {100 * metrics['trained']['knn']:.2f}%" in capsys.readouterr().out
 
 
+def test_a_run_of_python_goes_on_at_the_command(tmp_path, monkeypatch, capsys):
+    from cl_core.losses import DCLLoss
+    from cl_core.training import TrainerOptions, fit
+    from cl_vision.data import Digits
+    from cl_vision.encoders import SmallConvNet
+    from cl_vision.methods import SimCLR
+    from cl_vision.transforms import SmallGrayTransform
+
+    monkeypatch.chdir(tmp_path)
+    trainer = TrainerOptions(max_epochs=1, limit_train_batches=2, accelerator="cpu", progress_bar=False)
+    method = SimCLR(SmallConvNet(width=4, in_channels=1), DCLLoss(temperature=0.5))
+    data = Digits(batch_size=64, image_size=8, transform=SmallGrayTransform(8, rotation=10))
+    result = fit(method, data, trainer=trainer, run_dir="run")
+    assert main(["test", "--ckpt", "run"]) == 0
+    assert f"kNN {100 * result.metrics['trained']['knn']:.2f}%" in capsys.readouterr().out
+    assert main(["fit", "--resume", "run", "--data.transform.rotation=20"]) == 2
+    assert "data.transform.rotation was 10 when run began and is 20.0 now" in capsys.readouterr().err
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs=2"]) == 0
+    assert json.loads(Path("run/metrics.json").read_text())["steps"] == 4
+
+
 @pytest.fixture
 def photographs(tmp_path, write_image):
     """Function (classes, images a class) that writes a labelled folder."""

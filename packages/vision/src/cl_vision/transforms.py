@@ -117,6 +117,8 @@ class SimCLRTransform(ViewTransform):
         _check_probabilities(flip=flip, jitter_probability=jitter_probability, gray=gray, blur=blur)
         if not 0 <= jitter <= 2.5:
             raise ValueError(f"jitter must be in [0, 2.5] (hue is shifted by a fifth of it), got {jitter}.")
+        self.size, self.scale, self.flip = size, scale, flip
+        self.jitter, self.jitter_probability, self.gray, self.blur = jitter, jitter_probability, gray, blur
         steps: list[Callable[[Tensor], Tensor]] = [
             v2.ToDtype(torch.float32, scale=True),
             v2.RandomResizedCrop(size, scale=scale, antialias=True),
@@ -172,6 +174,9 @@ class SmallGrayTransform(ViewTransform):
         _check_probabilities(
             translation=translation, flip=flip, contrast=contrast, blur=blur, erasing=erasing
         )
+        self.size, self.scale, self.ratio, self.zoom = size, scale, ratio, zoom
+        self.rotation, self.translation, self.shear, self.flip = rotation, translation, shear, flip
+        self.contrast, self.blur, self.erasing = contrast, blur, erasing
         steps: list[Callable[[Tensor], Tensor]] = [
             v2.ToDtype(torch.float32, scale=True),
             v2.RandomAffine(

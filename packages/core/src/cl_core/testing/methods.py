@@ -20,41 +20,24 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import io
 import math
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from cl_core.method import Method, Progress
+from cl_core.method import Method
 from cl_core.momentum import ExponentialMovingAverage
 from cl_core.plugins import unknown
+from cl_core.testing._bare import BareTraining, Case, made, named_losses, scalar_loss
 from cl_core.testing._differences import assert_same
 
-STEPS_PER_EPOCH = 3
-"""So that a resume after two steps stands in the middle of an epoch and meets the next one."""
-
 _ALIASES = {"loss": "criterion"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A method with what it is tried on; see :func:`check_method`."""
-
-    factory: Callable[[], Method]
-    batches: list[Any]
-    inputs: Any
-    rows: int
-    lr: float
-    stored_loss: float | None
-
 
 CHECKS: dict[str, Callable[[Case], None]] = {}
 
@@ -150,113 +133,6 @@ def _check(check: Callable[[Case], None]) -> Callable[[Case], None]:
     return check
 
 
-class BareTraining:
-    """A bare loop that does what the engine does, in its order; resumable through bytes.
-
-    Args:
-        case: what to train.
-        total_steps: of the whole training, as :class:`Progress` tells the method.
-        seed: set before the method is made.
-        weight_decay: handed to ``parameter_groups``.
-        eps: of Adam.
-        saved: what :meth:`save` returned, to go on from there.
-    """
-
-    def __init__(
-        self,
-        case: Case,
-        *,
-        total_steps: int = 4,
-        seed: int = 0,
-        weight_decay: float = 1e-4,
-        eps: float = 1e-8,
-        saved: bytes | None = None,
-    ) -> None:
-        self.case, self.total_steps, self.step = case, total_steps, 0
-        self.method = _made(case, seed=seed)
-        self.optimizers = _optimizers(self.method, case.lr, weight_decay, eps)
-        self.backwards = 0  # calls of what an update of the method's own is given
-        if saved is None:
-            self.method.on_fit_start(self._progress(0))
-            return
-        state = torch.load(io.BytesIO(saved), weights_only=True)
-        self.step = state["step"]
-        self.method.load_state_dict(state["method"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        self.method.on_fit_start(self._progress(self.step // STEPS_PER_EPOCH))
-        torch.set_rng_state(state["random"])
-
-    def run(self, steps: int) -> list[float]:
-        """Take optimiser steps on the batches in turn; the loss of each."""
-        losses = []
-        for _ in range(steps):
-            epoch = self.step // STEPS_PER_EPOCH
-            if self.step % STEPS_PER_EPOCH == 0:
-                self.method.on_epoch_start(self._progress(epoch))
-            loss = self._update(self.case.batches[self.step % len(self.case.batches)])
-            self.step += 1
-            self.method.after_step(self._progress(epoch))
-            losses.append(loss.item())
-        return losses
-
-    def save(self) -> bytes:
-        """All there is to go on from: method, optimisers, random state."""
-        buffer = io.BytesIO()
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        state = {"method": self.method.state_dict(), "optimizers": optimizers, "step": self.step}
-        torch.save(state | {"random": torch.get_rng_state()}, buffer)
-        return buffer.getvalue()
-
-    def _progress(self, epoch: int) -> Progress:
-        return Progress(self.step, self.total_steps, epoch, math.ceil(self.total_steps / STEPS_PER_EPOCH))
-
-    def _update(self, batch: Any) -> Tensor:
-        if type(self.method).update is not Method.update:
-            return _scalar(self.method.update(batch, self.optimizers, self._backward), "update")
-        loss = _scalar(self.method(batch))
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-        return loss.detach()
-
-    def _backward(self, loss: Tensor) -> None:
-        self.backwards += 1
-        loss.backward()
-
-
-def _optimizers(method: Method, lr: float, weight_decay: float, eps: float) -> dict[str, Optimizer]:
-    named: dict[str, list[dict[str, Any]]] = {}
-    for group in method.parameter_groups(weight_decay):
-        settings = dict(group)
-        name, scale = settings.pop("optimizer", "main"), settings.pop("lr_scale", 1.0)
-        named.setdefault(name, []).append(settings | {"lr": lr * scale})
-    return {name: torch.optim.AdamW(groups, lr=lr, eps=eps) for name, groups in named.items()}
-
-
-def _made(case: Case, *, seed: int = 0) -> Method:
-    torch.manual_seed(seed)
-    return case.factory()
-
-
-def _named(losses: Any, source: str) -> Mapping[str, Tensor]:
-    """What ``loss`` or ``update`` returned, as a dict."""
-    named = {"loss": losses} if isinstance(losses, Tensor) else losses
-    assert isinstance(named, Mapping), (
-        f"{source} returns {type(losses).__name__}, not a scalar or a dict of scalars"
-    )
-    assert "loss" in named, f"there is no 'loss' among the {list(named)} that {source} returns"
-    for name, value in named.items():
-        assert isinstance(value, Tensor), f"{name} is {type(value).__name__}, not a tensor"
-    return named
-
-
-def _scalar(losses: Any, source: str = "loss") -> Tensor:
-    return _named(losses, source)["loss"]
-
-
 def _loss(method: Method, batch: Any) -> Any:
     """Loss in training mode, under one seed."""
     torch.manual_seed(7)
@@ -279,7 +155,7 @@ def _modes(method: Method) -> dict[str, bool]:
 
 @_check
 def _constructor_stores_its_arguments(case: Case) -> None:
-    method = _made(case)
+    method = made(case)
     assert isinstance(method, Method), f"{type(method).__name__} is no cl_core.method.Method"
     constructor = type(method).__init__
     if constructor is nn.Module.__init__:
@@ -300,15 +176,15 @@ def _is_stored(method: Method, name: str) -> bool:
 
 @_check
 def _construction_repeats_under_a_seed(case: Case) -> None:
-    first = _made(case, seed=3)
+    first = made(case, seed=3)
     assert torch.initial_seed() == 3, "the factory, or the constructor, sets torch's global seed"
     torch.rand(5)
-    assert_same(_state(first), _state(_made(case, seed=3)), "two instances made under one seed")
+    assert_same(_state(first), _state(made(case, seed=3)), "two instances made under one seed")
 
 
 @_check
 def _gives_an_attached_scalar_loss(case: Case) -> None:
-    named = _named(_loss(_made(case), case.batches[0]), "loss")
+    named = named_losses(_loss(made(case), case.batches[0]), "loss")
     for name, value in named.items():
         assert value.ndim == 0, f"{name} has shape {tuple(value.shape)}, not that of a scalar"
         assert value.isfinite(), f"{name} is {value.item()}"
@@ -339,10 +215,10 @@ def _other_random_states() -> dict[str, tuple[Any, ...]]:
 
 @_check
 def _calling_it_gives_the_loss(case: Case) -> None:
-    called = _made(case).train()
+    called = made(case).train()
     torch.manual_seed(7)
     assert_same(
-        called(case.batches[0]), _loss(_made(case), case.batches[0]), "method(batch) and method.loss(batch)"
+        called(case.batches[0]), _loss(made(case), case.batches[0]), "method(batch) and method.loss(batch)"
     )
 
 
@@ -388,7 +264,7 @@ def _embeds_each_row_alone(case: Case) -> None:
 
 @_check
 def _parameter_groups_hold_every_parameter_once(case: Case) -> None:
-    method = _made(case)
+    method = made(case)
     names = {id(parameter): name for name, parameter in method.named_parameters()}
     grouped = [id(parameter) for group in method.parameter_groups(1e-4) for parameter in group["params"]]
     for key in grouped:
@@ -456,7 +332,7 @@ def _loss_falls_on_one_batch(case: Case) -> None:
 def _loss_after_two_steps_is_as_stored(case: Case) -> None:
     training = BareTraining(case, eps=1e-4)  # or gradients that are mere rounding would take whole steps
     training.run(2)
-    loss = _scalar(_loss(training.method, case.batches[0])).item()
+    loss = scalar_loss(_loss(training.method, case.batches[0])).item()
     assert case.stored_loss is not None
     assert math.isclose(loss, case.stored_loss, rel_tol=1e-4, abs_tol=1e-4), (
         f"{loss:.7g}, not {case.stored_loss:.7g}"
@@ -495,7 +371,7 @@ def _hooks_reach_the_last_step(case: Case) -> None:
     for name, value in training.method.state_dict().items():
         if isinstance(value, Tensor) and not (name in before and before[name].isnan().any()):
             assert not value.isnan().any(), f"{name} holds NaN after the last step"
-    assert _scalar(_loss(training.method, case.batches[0])).isfinite(), (
+    assert scalar_loss(_loss(training.method, case.batches[0])).isfinite(), (
         "loss is not finite after the last step"
     )
 
