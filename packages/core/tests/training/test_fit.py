@@ -354,6 +354,16 @@ def test_what_cannot_be_exported_is_refused_before_training(tiny):
     assert not Path("runs").exists()
 
 
+def test_data_that_are_not_there_leave_no_folder(tiny, monkeypatch):
+    def points(self, split):
+        raise FileNotFoundError("no such data")
+
+    monkeypatch.setattr(tiny.TinyData, "points", points)
+    with pytest.raises(FileNotFoundError, match="no such data"):
+        run(tiny)
+    assert not Path("runs").exists()
+
+
 def test_data_without_labels_trains_and_is_not_evaluated(tiny):
     class Unlabelled(tiny.TinyData):
         num_classes = None

@@ -8,7 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ from cl_core.training.optimization import Optimization
 from cl_core.training.recording import MetricsTable, ProgressBar, Recorder
 from cl_core.training.run import RunFolder
 from cl_core.training.settings import (
+    DRAWN,
+    GIVEN,
     Monitoring,
     TrainerOptions,
     as_configuration,
@@ -95,6 +97,56 @@ class Drawing:
 
 
 Artist = Callable[[Drawing], None]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one call of :func:`fit` is about."""
+
+    method: Method
+    data: Data
+    optimization: Optimization
+    trainer: TrainerOptions
+    checkpoint: Checkpointing
+    monitor: Monitoring
+    evaluation: Evaluation
+    seed: int
+    gradient_cache_chunk: int | None
+    init_from: Path | None
+    artist: Artist | None
+    package: str
+    judged: Evaluation | None = None  # how to evaluate, where the data turn out to have labels
+
+    @property
+    def device(self) -> str:
+        """Where to evaluate."""
+        wanted = self.trainer.accelerator in ("auto", "gpu", "cuda")
+        return "cuda" if wanted and torch.cuda.is_available() else "cpu"
+
+    def adaptor(self) -> LitMethod:
+        """The method under Lightning."""
+        return LitMethod(
+            self.method,
+            self.optimization,
+            accumulate_batches=self.trainer.accumulate_grad_batches,
+            gradient_clip=self.trainer.gradient_clip_val,
+            max_steps=self.trainer.max_steps,
+            gradient_cache_chunk=self.gradient_cache_chunk,
+            data=self.data,
+        )
+
+    def settings(self, *, processes: int) -> dict[str, Any]:
+        """All of it in plain values."""
+        names = ("optimization", "trainer", "checkpoint", "monitor", "evaluation")
+        return settings_of(
+            self.method,
+            self.data,
+            {name: getattr(self, name) for name in names},
+            processes=processes,
+            seed=self.seed,
+            init_from=None if self.init_from is None else self.init_from.absolute(),
+            gradient_cache_chunk=self.gradient_cache_chunk,
+        )
 
 
 def fit(
@@ -150,12 +202,6 @@ def fit(
         ValueError: for data, settings, checkpoints or weights that do not fit.
         OSError: in one sentence, if the run folder cannot be written or another process trains in it.
     """
-    optimization, options = optimization or Optimization(), trainer or TrainerOptions()
-    checkpoint, monitor = checkpoint or Checkpointing(), monitor or Monitoring()
-    evaluation = evaluation or Evaluation()
-    package = package or plugins.distribution_of(type(method))
-    # What cannot be used is refused now: before there is a folder, and not after the training.
-    artifacts.describe(method)  # or it could not be exported
     _checks.count("seed", seed, at_least=0)
     if seed > _LARGEST_SEED:
         raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {seed}.")
@@ -163,70 +209,83 @@ def fit(
         raise ValueError(
             f"run_dir must be None where a run is resumed, which stays in its folder, got {run_dir}."
         )
-    data.set_seed(seed)
-    init_from = None if init_from is None else Path(init_from).expanduser()
-    with _one_sentence():
-        lit = LitMethod(
-            method,
-            optimization,
-            accumulate_batches=options.accumulate_grad_batches,
-            gradient_clip=options.gradient_clip_val,
-            max_steps=options.max_steps,
-            gradient_cache_chunk=gradient_cache_chunk,
-            data=data,
-        )
-        processes = _trainer(options, lit).world_size
-    groups = {"optimization": optimization, "trainer": options, "checkpoint": checkpoint}
-    settings = settings_of(
+    task = _Task(
         method,
         data,
-        {**groups, "monitor": monitor, "evaluation": evaluation},
-        processes=processes,
-        seed=seed,
-        init_from=None if init_from is None else init_from.absolute(),
-        gradient_cache_chunk=gradient_cache_chunk,
+        optimization or Optimization(),
+        trainer or TrainerOptions(),
+        checkpoint or Checkpointing(),
+        monitor or Monitoring(),
+        evaluation or Evaluation(),
+        seed,
+        gradient_cache_chunk,
+        None if init_from is None else Path(init_from).expanduser(),
+        artist,
+        package or plugins.distribution_of(type(method)),
     )
-    settings["weights"] = "given" if config is None else "drawn from the seed"
+    # What cannot be used is refused now: before there is a folder, and not after the training.
+    data.set_seed(seed)
+    with _one_sentence():
+        lit = task.adaptor()
+        processes = _trainer(task.trainer, lit).world_size
+    settings = task.settings(processes=processes) | {"weights": GIVEN if config is None else DRAWN}
     asked = as_configuration(settings) if config is None else placed(yaml.safe_load(config))
-    judged = evaluation if has_labels(data) else None
     run = None if resume is None else RunFolder.existing(resume)
-    restore: Callable[[], None] | None = None
+    if has_labels(data):  # reads them
+        task = replace(task, judged=task.evaluation)
     if run is not None:
-        restore = run.snapshot()
         changed = _resumable(run, settings)
         if not changed and run.finished and (weights := _intact_export(run)) is not None:
             return _finished(run, method, weights)
         settings, asked = with_changes(run.read_settings(), changed), with_changes(run.read_config(), changed)
-    initial = None
-    if init_from is not None and (run is None or not run.last_checkpoint.is_file()):
-        initial = artifacts.fitting(method, weights_of(init_from, package=package), source=init_from)
-    if run is None:
-        name = name or f"{type(method).__name__}-{type(data).__name__}".lower()
-        run = RunFolder.create(name, run_dir=run_dir)
+    initial = _initial_weights(task, run)
+    name = name or f"{type(method).__name__}-{type(data).__name__}".lower()
+    return _fit_in(run or RunFolder.create(name, run_dir=run_dir), task, lit, asked, settings, initial)
+
+
+def _initial_weights(task: _Task, run: RunFolder | None) -> dict[str, Tensor] | None:
+    """The fitting weights of ``init_from``, unless a checkpoint holds later ones."""
+    if task.init_from is None or (run is not None and run.last_checkpoint.is_file()):
+        return None
+    found = weights_of(task.init_from, package=task.package)
+    return artifacts.fitting(task.method, found, source=task.init_from)
+
+
+def _fit_in(
+    run: RunFolder,
+    task: _Task,
+    lit: LitMethod,
+    asked: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    initial: dict[str, Tensor] | None,
+) -> FitResult:
+    """Train and evaluate in a run folder, new or resumed."""
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    pl.seed_everything(seed + rank, verbose=False)  # processes draw different dropout masks
+    pl.seed_everything(task.seed + rank, verbose=False)  # processes draw different dropout masks
     with run.locked() if rank == 0 else contextlib.nullcontext(), _interruption_explained(run):
+        resumed = run.config.is_file()
+        restore = run.snapshot()
         if rank == 0:
             run.write_settings(asked, settings)
-            run.write_versions(package)
+            run.write_versions(task.package)
             if run.finished:
                 run.reopen()
-            _measure_baselines(run, method, data, judged, _device(options))
-        if initial is not None and init_from is not None:
-            kept = artifacts.initialise(method, initial, source=str(init_from))
+            _measure_baselines(run, task)
+        if initial is not None:
+            kept = artifacts.initialise(task.method, initial, source=str(task.init_from))
             if rank == 0:
-                run.write_metrics(initialised_from=str(init_from.absolute()), kept_initial=kept)
-        method.train()
+                run.write_metrics(initialised_from=settings["init_from"], kept_initial=kept)
+        task.method.train()
         try:
-            table = _train(lit, data, run, options, checkpoint, monitor, judged, package)
+            table = _train(lit, run, task)
         except Exception:
-            if restore is not None and not lit.started and rank == 0:  # refused: all stays as it was
+            if resumed and not lit.started and rank == 0:  # refused: all stays as it was
                 restore()
             raise
-        method.to("cpu").eval()
+        task.method.to("cpu").eval()
         if not lit.trainer.is_global_zero:
-            return FitResult(run, method, {}, [])
-        return _conclude(run, lit, data, table, judged, _device(options), artist, seed=seed)
+            return FitResult(run, task.method, {}, [])
+        return _conclude(run, lit, task, table)
 
 
 def _resumable(run: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +296,7 @@ def _resumable(run: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:
     changed = changes(stored, settings, run=run.path)
     if changed.pop("weights", None) is not None and not run.last_checkpoint.is_file():
         began, other = "from Python", "on the command line"
-        if stored["weights"] != "given":
+        if stored["weights"] != GIVEN:
             began, other = other, began
         raise ValueError(
             f"{run.path} was started {began} and has no checkpoint yet: resume it there, as only there its initial "
@@ -293,65 +352,47 @@ def _finished(run: RunFolder, method: Method, weights: dict[str, Tensor]) -> Fit
     return FitResult(run, method.to("cpu").eval(), run.read_metrics(), table.rows)
 
 
-def _measure_baselines(
-    run: RunFolder, method: Method, data: Data, judged: Evaluation | None, device: str
-) -> None:
+def _measure_baselines(run: RunFolder, task: _Task) -> None:
     """Write what the untrained encoder and the raw inputs are worth, once a run."""
+    judged = task.judged
     if judged is not None and judged.baselines and "untrained" not in run.read_metrics():
-        untrained = evaluate(method, data, judged, device=device)
-        run.write_metrics(untrained=untrained, raw=evaluate_raw(data, judged))
+        untrained = evaluate(task.method, task.data, judged, device=task.device)
+        run.write_metrics(untrained=untrained, raw=evaluate_raw(task.data, judged))
 
 
-def _conclude(
-    run: RunFolder,
-    lit: LitMethod,
-    data: Data,
-    table: MetricsTable,
-    judged: Evaluation | None,
-    device: str,
-    artist: Artist | None,
-    *,
-    seed: int,
-) -> FitResult:
+def _conclude(run: RunFolder, lit: LitMethod, task: _Task, table: MetricsTable) -> FitResult:
     """Export the trained method, evaluate it, draw, and mark the run as finished."""
-    method = lit.method
+    method = task.method
     artifacts.export_method(method, run.export)
     embeddings: dict[str, Embedding] = {}
-    entries: dict[str, Any] = {"steps": lit.steps_done, "seed": seed}
-    if judged is not None:
+    entries: dict[str, Any] = {"steps": lit.steps_done, "seed": task.seed}
+    if task.judged is not None:
+        size = task.judged.batch_size
         embeddings = {
-            split: embed_split(method, data, split, device=device, batch_size=judged.batch_size)
+            split: embed_split(method, task.data, split, device=task.device, batch_size=size)
             for split in SPLITS
         }
         method.to("cpu")
         train, validation, test = embeddings.values()
-        entries["trained"] = accuracies(train, validation, test, judged)
+        entries["trained"] = accuracies(train, validation, test, task.judged)
     metrics = run.write_metrics(**entries, train=table.rows[-1] if table.rows else {})
-    if artist is not None:
+    if task.artist is not None:
         try:
-            artist(Drawing(run, table, metrics, embeddings, data.class_names))
+            task.artist(Drawing(run, table, metrics, embeddings, task.data.class_names))
         except Exception as error:  # a picture must not cost the result
             said = f"{type(error).__name__}: {sentence(error)}"
             warnings.warn(f"the figures of {run.path} could not be drawn: {said}", stacklevel=3)
     return FitResult(run, method, run.write_metrics(finished=True), table.rows)
 
 
-def _train(
-    lit: LitMethod,
-    data: Data,
-    run: RunFolder,
-    options: TrainerOptions,
-    checkpoint: Checkpointing,
-    monitor: Monitoring,
-    judged: Evaluation | None,
-    package: str,
-) -> MetricsTable:
+def _train(lit: LitMethod, run: RunFolder, task: _Task) -> MetricsTable:
+    options, monitor = task.trainer, task.monitor
     table = MetricsTable(run.metrics_table)
-    saver = Checkpoints(run.checkpoints, checkpoint)
+    saver = Checkpoints(run.checkpoints, task.checkpoint)
     callbacks: list[pl.Callback] = []
-    if monitor.knn_every_epochs is not None and judged is not None:
+    if monitor.knn_every_epochs is not None and task.judged is not None:
         every, rows = monitor.knn_every_epochs, monitor.knn_rows
-        callbacks.append(KNNMonitor(data, evaluation=judged, every_epochs=every, rows=rows))
+        callbacks.append(KNNMonitor(task.data, evaluation=task.judged, every_epochs=every, rows=rows))
     if monitor.diagnostics_every_epochs is not None:
         callbacks.append(Diagnostics(run.path, every_epochs=monitor.diagnostics_every_epochs))
     if monitor.moving_average is not None:
@@ -366,7 +407,7 @@ def _train(
             if options.tensorboard
             else False,
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO(package)],
+            plugins=[AtomicCheckpointIO(task.package)],
             default_root_dir=str(run.path),
         )
         with _interruptible(saver, single=trainer.world_size == 1):
@@ -423,11 +464,6 @@ def _interruption_explained(run: RunFolder) -> Iterator[None]:
     except KeyboardInterrupt as error:
         kept = "the last checkpoint is kept" if run.last_checkpoint.is_file() else "no checkpoint was due yet"
         raise type(error)(f"{kept}; go on with fit --resume {run.path}") from None
-
-
-def _device(options: TrainerOptions) -> str:
-    wanted = options.accelerator in ("auto", "gpu", "cuda")
-    return "cuda" if wanted and torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager

@@ -24,6 +24,8 @@ from cl_core.training.artifacts import as_config, describe
 from cl_core.training.data import Data
 from cl_core.training.files import to_json
 
+GIVEN, DRAWN = "given", "drawn from the seed"
+"""Where the weights that a run starts from came from: a method of somebody's program, or the command line."""
 Precision: TypeAlias = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 # They touch what is computed with, watched or kept, not what the steps before the checkpoint learnt.
