@@ -61,6 +61,51 @@ def test_self(pairs, dtype, tolerance, logit, impl):
     same_value_and_gradients(result, naive(z, z, excluded), [z], tolerance=tolerance)
 
 
+def in_parts(z1, z2, temperature):
+    """What two_view_terms is one node of."""
+    n = len(z1)
+    rows = similarity.scaled_rows(torch.stack([z1, z2], 1).view(2 * n, -1), scale=temperature**-0.5)
+    x, y = rows.view(n, 2, -1).unbind(1)
+    return similarity.row_products(x, y)[:, None], similarity.self_log_sum_exp(rows, group_size=2).view(n, 2)
+
+
+# 100 and 200 samples: panels of 256 rows hold both views, or end inside one.
+@pytest.mark.parametrize("samples", [1, 2, 100, 200, 256])
+@pytest.mark.parametrize("norm", [1.0, 1e-14, 0.0, 1e200])
+def test_two_views_in_one_node(samples, norm):
+    z = [random_rows(samples, seed=seed).detach() for seed in (1, 2)]
+    z[0][0] *= norm
+    z = [view.requires_grad_() for view in z]
+    given, wanted = similarity.two_view_terms(*z, temperature=0.2), in_parts(*z, 0.2)
+    torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-12)
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in wanted]
+    if samples == 1:
+        weights[1].zero_()  # nothing to compare with
+    gradients = [torch.autograd.grad(terms, z, weights) for terms in (given, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12 * scale)
+
+
+def test_two_views_in_one_node_can_be_differentiated_twice():
+    z = [random_rows(4, seed=seed) for seed in (1, 2)]
+    function = lambda a, b: similarity.two_view_terms(a, b, temperature=0.5)  # noqa: E731
+    torch.autograd.gradcheck(function, z)
+    torch.autograd.gradgradcheck(function, z)
+
+
+def test_small_batches_of_two_views_take_the_one_node():
+    z = random_rows(8, seed=1)
+    assert similarity.fuses(z, 0.1, True, "auto")
+    assert similarity.fuses(z, 0.1, True, "dense")
+    assert not similarity.fuses(z, 0.1, True, "tiled")
+    assert not similarity.fuses(z, 0.1, False, "auto")  # of unknown length
+    assert not similarity.fuses(z, torch.tensor(0.1), True, "auto")  # wants a gradient
+    assert not similarity.fuses(z, 1e-3, True, "auto")  # needs a shift
+    assert not similarity.fuses(torch.empty(1025, 4), 0.1, True, "auto")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("logit", [1.0, 250.0])
 @pytest.mark.parametrize("over", ["all", "different", "same", "same less ids"])

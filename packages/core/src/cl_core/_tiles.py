@@ -325,7 +325,7 @@ def kept_forward(x: Tensor, y: Tensor, pairing: Pairing, *, shift: bool) -> tupl
     """
     n, m = x.shape[0], y.shape[0]
     logits = x.new_empty(n, m)
-    torch.mm(x * LOG2E, y.t(), out=logits)
+    torch.addmm(logits, x, y.t(), beta=0, alpha=LOG2E, out=logits)
     if not shift or not m:
         return pairing.fill_(logits.exp2_(), 0, n, 0, m, 0), x.new_zeros(())
     pairing.fill_(logits, 0, n, 0, m, -torch.inf)

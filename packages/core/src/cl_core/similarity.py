@@ -101,7 +101,7 @@ def self_log_sum_exp(
     """
     _check(rows, rows, impl, tile, group_size, row_keys=(keys, "keys", 0))
     _checks.choice("over", over, ("different", "same"))
-    if _fits(rows, rows, impl):
+    if _fits(rows.shape[0], rows.shape[0], impl):
         pairing = _ops.self_pairing(rows, keys, group_size, over, ordered=False)
         return _dense.log_sum_exp(rows, rows, pairing, bound, symmetric=True)[0]
     tile = tile or _tiles.default_tile(rows.device)
@@ -158,14 +158,14 @@ def cross_log_sum_exp(
         pairing = _ops.cross_pairing(
             rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size, False
         )
-        if _fits(rows, columns, impl):
+        if _fits(rows.shape[0], columns.shape[0], impl):
             bias = log_weight(*_ops.index_vectors(rows, columns), *weight_inputs)
             return _dense.plain_log_sum_exp(rows, columns, pairing, bias)
         parameters = list(log_weight.parameters()) if isinstance(log_weight, torch.nn.Module) else []
         return _ops.WeightedRows.apply(  # type: ignore[no-any-return]
             rows, columns, log_weight, pairing, tile, len(weight_inputs), *weight_inputs, *parameters
         ).to(rows.dtype)
-    if _fits(rows, columns, impl):
+    if _fits(rows.shape[0], columns.shape[0], impl):
         pairing = _ops.cross_pairing(
             rows, columns, row_keys, column_keys, row_ids, column_ids, over, group_size, False
         )
@@ -211,12 +211,42 @@ def paired_log_sum_exp(
     """
     _check(rows, columns, impl, tile)
     _checks.choice("over", over, ("all", "different"))
-    if _fits(rows, columns, impl):
+    if _fits(rows.shape[0], columns.shape[0], impl):
         pairing = Pairing(over, len(rows), len(columns), device=rows.device)
         return _dense.log_sum_exp(rows, columns, pairing, bound, both=True)
     tile = tile or _tiles.default_tile(rows.device)
     along_rows, along_columns = _ops.paired_log_sum_exp(rows, columns, over, bound, list(tile))
     return along_rows.to(rows.dtype), along_columns.to(rows.dtype)
+
+
+def two_view_terms(
+    z1: Tensor, z2: Tensor, *, temperature: float | Tensor, source: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Logits of pairs, and log-sum-exp over both views of all other samples, in one node of autograd.
+
+    What :func:`scaled_rows`, :func:`row_products` and :func:`self_log_sum_exp` give, where :func:`fuses` allows it.
+
+    Args:
+        z1: view 1, shape (N, D), float32 or float64.
+        z2: view 2, shape (N, D); row i is the same sample as row i of z1.
+        temperature: T > 0, a number.
+        source: the type of the original rows if they were widened before; it decides eps of :func:`scaled_rows`.
+
+    Returns:
+        Shapes (N, 1) and (N, 2).
+
+    Cost: O(N^2 D) time, O(N^2) memory.
+    """
+    eps = _SHORT.get(source or z1.dtype, _SHORTEST)
+    return _dense.KeptViews.apply(z1, z2, temperature**-0.5, eps)  # type: ignore[no-any-return]
+
+
+def fuses(z1: Tensor, temperature: float | Tensor, normalize: bool, impl: Impl) -> bool:
+    """Whether two views like ``z1`` are few enough, and their logits small enough, for :func:`two_view_terms`."""
+    bound, rows = logit_bound(temperature, normalize), 2 * z1.shape[0]
+    if bound is None or not rows or torch.compiler.is_compiling():
+        return False
+    return _fits(rows, rows, impl) and _tiles.safe(z1, z1, bound)
 
 
 def softmax_mean(rows: Tensor, columns: Tensor, *, tile: tuple[int, int] | None = None) -> Tensor:
@@ -281,7 +311,7 @@ def softplus_sum(
     if tuple(offset.shape) != (rows.shape[0],) or offset.dtype != rows.dtype:
         came = f"{tuple(offset.shape)}, {offset.dtype}"
         raise ValueError(f"offset must have shape ({rows.shape[0]},) and the dtype of rows, got {came}.")
-    if _fits(rows, columns, impl):
+    if _fits(rows.shape[0], columns.shape[0], impl):
         pairing = _ops.cross_pairing(
             rows, columns, row_keys, column_keys, row_ids, column_ids, over, 1, False
         )
@@ -389,9 +419,9 @@ def row_products(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(1)
 
 
-def _fits(rows: Tensor, columns: Tensor, impl: Impl) -> bool:
+def _fits(rows: int, columns: int, impl: Impl) -> bool:
     """Whether to keep the matrix."""
-    return impl == "dense" or (impl == "auto" and rows.shape[0] * columns.shape[0] <= _DENSE_ENTRIES)
+    return impl == "dense" or (impl == "auto" and rows * columns <= _DENSE_ENTRIES)
 
 
 def logit_bound(temperature: float | Tensor, normalize: bool) -> float | None:

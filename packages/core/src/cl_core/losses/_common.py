@@ -50,6 +50,20 @@ class ViewTerms:
         ).view(-1, count)
 
 
+def compared_views(
+    views: Sequence[Tensor], *, temperature: float | Tensor, normalize: bool, group: Group, impl: Impl
+) -> tuple[Tensor, Tensor, Shard]:
+    """Check several views; the positives and negatives that :func:`view_terms` has of them, and how they are spread."""
+    split = _checked(views, temperature=temperature, group=group, impl=impl)
+    wide = [similarity.at_least_float32(view) for view in views]
+    if len(views) == 2 and split.group is None and similarity.fuses(wide[0], temperature, normalize, impl):
+        source = views[0].dtype
+        positives, log_negatives = similarity.two_view_terms(*wide, temperature=temperature, source=source)
+        return positives[None], log_negatives, split
+    terms = _prepared(views, split, temperature=temperature, normalize=normalize, impl=impl)
+    return terms.positives(), terms.log_negatives(), split
+
+
 def view_terms(
     views: Sequence[Tensor], *, temperature: float | Tensor, normalize: bool, group: Group, impl: Impl
 ) -> ViewTerms:
@@ -62,11 +76,21 @@ def view_terms(
         group: process group whose other rows serve as negatives.
         impl: "dense", "tiled" or "auto".
     """
+    split = _checked(views, temperature=temperature, group=group, impl=impl)
+    return _prepared(views, split, temperature=temperature, normalize=normalize, impl=impl)
+
+
+def _checked(views: Sequence[Tensor], *, temperature: float | Tensor, group: Group, impl: Impl) -> Shard:
     check_rows(group, **{f"z{i}": view for i, view in enumerate(views, 1)})
     _checks.same_shape(**{f"z{i}": view for i, view in enumerate(views, 1)})
     _checks.positive("temperature", temperature)
     _checks.impl(impl)
-    split = shard(views[0], group)
+    return shard(views[0], group)
+
+
+def _prepared(
+    views: Sequence[Tensor], split: Shard, *, temperature: float | Tensor, normalize: bool, impl: Impl
+) -> ViewTerms:
     # Side by side, so that what an anchor must not meet is one block on the diagonal.
     side_by_side = torch.stack([similarity.at_least_float32(view) for view in views], 1)
     rows = similarity.scaled_rows(

@@ -118,7 +118,9 @@ def siglip_loss(
     rows = similarity.scaled_rows(image, scale=logit_scale, normalize=normalize)
     columns = similarity.scaled_rows(text, normalize=normalize)
     positives = similarity.row_products(rows, columns) + logit_bias
-    own = torch.arange(split.offset, split.offset + len(rows), device=rows.device)
+    own = None  # by its place; over ranks it has to be said which, at the cost of sorted copies of the rows
+    if split.group is not None:
+        own = torch.arange(split.offset, split.offset + len(rows), device=rows.device)
     negatives = _ring.softplus_sum(
         rows,
         columns,

@@ -11,7 +11,7 @@ from cl_core import _checks
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard
 from cl_core.losses._base import TwoViewLoss
-from cl_core.losses._common import PairTerms, pair_terms, queue_terms, reduce_pairs, view_terms
+from cl_core.losses._common import PairTerms, compared_views, pair_terms, queue_terms, reduce_pairs
 from cl_core.similarity import at_least_float32
 
 Negatives: TypeAlias = Tensor | Literal["both", "cross"]
@@ -130,8 +130,8 @@ def _terms(z1: Tensor, z2: Tensor, negatives: Negatives, name: str, **options: A
         return queue_terms(z1, z2, negatives, names=("z1", "z2"), **options)
     _checks.choice("negatives", negatives, ("both", "cross"))
     if negatives == "both":
-        views = view_terms((z1, z2), **options)
-        terms = PairTerms(views.positives()[0], views.log_negatives(), views.shard)
+        positives, log_negatives, split = compared_views((z1, z2), **options)
+        terms = PairTerms(positives[0], log_negatives, split)
     else:
         terms = pair_terms(z1, z2, symmetric=True, names=("z1", "z2"), **options)
     if terms.shard.total < 2:

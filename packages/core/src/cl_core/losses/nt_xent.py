@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_core import _checks
 from cl_core._types import Group, Impl, Reduction
 from cl_core.losses._base import TwoViewLoss
-from cl_core.losses._common import reduce_views, view_terms
+from cl_core.losses._common import compared_views, reduce_views
 
 
 def nt_xent_loss(
@@ -56,9 +56,10 @@ def nt_xent_loss(
     arXiv 2002.05709. With V > 2 views other positives are left out of the denominator, as in the per-pair definition.
     """
     _checks.reduction(reduction)
-    terms = view_terms(as_views(z1, z2), temperature=temperature, normalize=normalize, group=group, impl=impl)
-    values = F.softplus(terms.log_negatives() - terms.positives(), threshold=60)
-    return reduce_views(values, reduction, terms.shard)
+    positives, log_negatives, split = compared_views(
+        as_views(z1, z2), temperature=temperature, normalize=normalize, group=group, impl=impl
+    )
+    return reduce_views(F.softplus(log_negatives - positives, threshold=60), reduction, split)
 
 
 def as_views(z1: Tensor | Sequence[Tensor], z2: Tensor | None) -> Sequence[Tensor]:
