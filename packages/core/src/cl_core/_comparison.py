@@ -73,7 +73,7 @@ class Comparison:
 
     @staticmethod
     def _prepare(z: Tensor, normalize: bool) -> Tensor:
-        return scaled_rows(z.to(accumulation_dtype(z.device)), normalize=normalize)
+        return scaled_rows(z.to(accumulation_dtype(z.device)), normalize=normalize, source=z.dtype)
 
     def parts(self) -> list[slice]:
         """Slices of anchors whose comparison with all candidates is one tile."""
@@ -99,7 +99,10 @@ class Comparison:
 
     def anchors(self) -> Tensor:
         """Which anchors have a positive, boolean (N,)."""
-        return torch.cat([self.masks(part)[0].any(1) for part in self.parts()])
+        found = torch.empty(len(self.rows), dtype=torch.bool, device=self.rows.device)
+        for part in self.parts():
+            found[part] = self.masks(part)[0].any(1)
+        return found
 
     def most_positives(self) -> int:
         """Largest number of positives that an anchor can have; while compiling, where labels are unknown, a bound."""

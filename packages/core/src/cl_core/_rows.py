@@ -44,3 +44,32 @@ def tiles(rows: int, tile: int) -> Iterator[slice]:
     """Consecutive slices of at most ``tile`` rows."""
     for start in range(0, rows, tile):
         yield slice(start, min(start + tile, rows))
+
+
+class Collected:
+    """Columns of integers of unknown number, gathered in one growing buffer.
+
+    A list of many small results that outlive the large temporaries between them would leave the heap in holes that
+    nothing fits into any more: after N rows it would be as large as an N x N matrix.
+
+    Args:
+        rows: integers a column.
+        device: where they are.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._held, self._count = torch.empty(rows, 1024, dtype=torch.int64, device=device), 0
+
+    def add(self, *columns: Tensor) -> None:
+        """Add as many columns as the vectors, one for each row, are long."""
+        start, self._count = self._count, self._count + len(columns[0])
+        if self._count > self._held.shape[1]:
+            grown = self._held.new_empty(len(self._held), max(self._count, 2 * self._held.shape[1]))
+            grown[:, :start] = self._held[:, :start]
+            self._held = grown
+        for row, values in zip(self._held, columns, strict=True):
+            row[start : self._count] = values
+
+    def vectors(self) -> tuple[Tensor, ...]:
+        """All of them, one vector a row."""
+        return tuple(row[: self._count].clone() for row in self._held)

@@ -54,7 +54,7 @@ def mine_nearest_negatives(
     comparison = Comparison(
         z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
     )
-    found = []
+    found = torch.empty(len(z), k, dtype=torch.int64, device=z.device)
     for part in tiles(len(z), _TILE):
         rows = comparison.rows[part]
         best = rows.new_full((len(rows), k), math.inf)
@@ -68,5 +68,5 @@ def mine_nearest_negatives(
             places = torch.arange(candidates.start, candidates.stop, device=z.device).expand_as(distance)
             best, order = torch.cat([best, distance], 1).topk(k, largest=False)
             index = torch.cat([index, places.masked_fill(same, -1)], 1).gather(1, order)
-        found.append(index)
-    return torch.cat(found)
+        found[part] = index
+    return found

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_core import _checks
 from cl_core._comparison import Comparison
+from cl_core._rows import Collected
 
 
 class Pairs(NamedTuple):
@@ -64,19 +65,14 @@ def mine_multi_similarity(
     comparison = Comparison(
         z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
     )
-    found = []
+    found = Collected(2, z.device), Collected(2, z.device)
     for part, positive, negative in comparison.each():
         s = comparison.similarities(part)
         nearest_negative = s.masked_fill(~negative, -math.inf).amax(1, keepdim=True)
         farthest_positive = s.masked_fill(~positive, math.inf).amin(1, keepdim=True)
-        found.append(
-            _pairs(
-                part,
-                positive & (s - epsilon < nearest_negative),
-                negative & (s + epsilon > farthest_positive),
-            )
-        )
-    return _join(found)
+        kept = positive & (s - epsilon < nearest_negative), negative & (s + epsilon > farthest_positive)
+        _add(found, part, kept)
+    return Pairs(*found[0].vectors(), *found[1].vectors())
 
 
 @torch.no_grad()
@@ -120,13 +116,12 @@ def mine_pair_margin(
     comparison = Comparison(
         z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
     )
-    found = []
+    found = Collected(2, z.device), Collected(2, z.device)
     for part, positive, negative in comparison.each():
         distance = comparison.distances(part)
-        found.append(
-            _pairs(part, positive & (distance > positive_margin), negative & (distance < negative_margin))
-        )
-    return _join(found)
+        kept = positive & (distance > positive_margin), negative & (distance < negative_margin)
+        _add(found, part, kept)
+    return Pairs(*found[0].vectors(), *found[1].vectors())
 
 
 class PairMiner:
@@ -158,11 +153,8 @@ class PairMarginMiner(PairMiner):
     normalize: bool = True
 
 
-def _pairs(part: slice, positive: Tensor, negative: Tensor) -> Pairs:
-    a, p = positive.nonzero(as_tuple=True)
-    b, n = negative.nonzero(as_tuple=True)
-    return Pairs(a + part.start, p, b + part.start, n)
-
-
-def _join(found: list[Pairs]) -> Pairs:
-    return Pairs(*(torch.cat(vectors) for vectors in zip(*found, strict=True)))
+def _add(found: tuple[Collected, ...], part: slice, kept: tuple[Tensor, ...]) -> None:
+    """Note the positive and the negative pairs of some anchors."""
+    for pairs, mask in zip(found, kept, strict=True):
+        anchor, other = mask.nonzero(as_tuple=True)
+        pairs.add(anchor + part.start, other)

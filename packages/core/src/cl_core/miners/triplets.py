@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_core import _checks
 from cl_core._comparison import Comparison
-from cl_core._rows import tiles
+from cl_core._rows import Collected, tiles
 
 Kind: TypeAlias = Literal["all", "hard", "semi-hard", "easy"]
 Hardness: TypeAlias = Literal["easy", "semi-hard", "hard"]
@@ -82,11 +82,12 @@ def mine_triplets(
     comparison = Comparison(
         z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
     )
-    found = [_nothing(z.device, 3)]
+    found = Collected(3, z.device)
     for part, positive, negative in comparison.each():
         distance = comparison.distances(part)
         anchor, chosen = positive.nonzero(as_tuple=True)
-        pieces, keys = [_nothing(z.device, 3)], [torch.empty(0, device=z.device)]
+        drawn = torch.empty(3, 0, dtype=torch.int64, device=z.device)
+        keys = torch.empty(0, device=z.device)
         for pairs in tiles(len(anchor), max(1, _CHUNK // negative.shape[1])):
             a, p = anchor[pairs], chosen[pairs]
             gap = distance[a] - distance[a, p][:, None]
@@ -95,13 +96,14 @@ def mine_triplets(
                 row, n = of_kind.nonzero(as_tuple=True)
             else:
                 row, n, key = _draw(of_kind, max_per_anchor, generator)
-                keys.append(key)
-            pieces.append(torch.stack([part.start + a[row], p[row], n]))
-            if max_per_anchor is not None:
-                kept, key = _at_most(torch.cat(pieces, dim=1), torch.cat(keys), max_per_anchor)
-                pieces, keys = [kept], [key]
-        found += pieces
-    return Triplets(*torch.cat(found, dim=1).unbind())
+            triplets = torch.stack([part.start + a[row], p[row], n])
+            if max_per_anchor is None:
+                found.add(*triplets)
+                continue
+            together = torch.cat([drawn, triplets], dim=1), torch.cat([keys, key])
+            drawn, keys = _at_most(*together, max_per_anchor)
+        found.add(*drawn)
+    return Triplets(*found.vectors())
 
 
 @torch.no_grad()
@@ -152,7 +154,7 @@ def mine_batch_hard(
     comparison = Comparison(
         z, labels, ref=ref, ref_labels=ref_labels, ids=ids, ref_ids=ref_ids, normalize=normalize
     )
-    found = [_nothing(z.device, 3)]
+    found = Collected(3, z.device)
     for part, positives, negatives in comparison.each():
         distance = comparison.distances(part)
         if positive == "semi-hard":
@@ -164,8 +166,8 @@ def mine_batch_hard(
                 negatives = negatives & (distance > reach[:, None])
             n, _ = _extreme(distance, negatives, farthest=negative == "easy")
         a = ((p >= 0) & (n >= 0)).nonzero().flatten()
-        found.append(torch.stack([a + part.start, p[a], n[a]]))
-    return Triplets(*torch.cat(found, dim=1).unbind())
+        found.add(a + part.start, p[a], n[a])
+    return Triplets(*found.vectors())
 
 
 @torch.no_grad()
@@ -217,7 +219,7 @@ def mine_distance_weighted(
     width = z.shape[1]
     most = comparison.most_positives()
     places = torch.arange(1, len(comparison.columns) + 1, device=z.device)
-    found = [_nothing(z.device, 3)]
+    found = Collected(3, z.device)
     for part, positive, negative in comparison.each():
         distance = comparison.distances(part)
         d = distance.clamp(nearest, farthest)
@@ -232,8 +234,8 @@ def mine_distance_weighted(
         n = torch.minimum(torch.searchsorted(share, drawn, right=True), last)
         a, p = (positive & eligible.any(1, keepdim=True)).nonzero(as_tuple=True)
         turn = _rank_in_run(a)  # which of its anchor's positives
-        found.append(torch.stack([a + part.start, p, n[a, turn]]))
-    return Triplets(*torch.cat(found, dim=1).unbind())
+        found.add(a + part.start, p, n[a, turn])
+    return Triplets(*found.vectors())
 
 
 class TripletMiner:
@@ -319,7 +321,3 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: 
     """Uniform numbers in [0, 1), drawn where the generator lives."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)
-
-
-def _nothing(device: torch.device, count: int) -> Tensor:
-    return torch.empty(count, 0, dtype=torch.int64, device=device)
