@@ -86,6 +86,34 @@ def test_dropout_is_replayed(chunk_size):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_autocast_is_replayed():
+    net, x = encoder(0).float(), torch.randn(9, 6)
+
+    def loss(z):
+        assert z.dtype == torch.bfloat16
+        return z.float().pow(3).mean()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = loss(net(x))
+    plain.backward()
+    expected = gradients(net)
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        value, portions = gradient_cache(loss, [(net, x)], chunk_size=9)
+    for portion in portions:  # outside of autocast
+        portion.backward()
+    torch.testing.assert_close(value, plain.detach(), rtol=0, atol=0)
+    for ours, theirs in zip(gradients(net), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+
+
+def test_portions_say_how_many_are_to_come():
+    net, x = encoder(0), torch.randn(10, 6, dtype=torch.float64)
+    _, portions = gradient_cache(lambda a, b: (a * b).mean(), [(net, x), (net, x)], chunk_size=4)
+    assert [len(portions) for _ in portions] == [5, 4, 3, 2, 1, 0]
+    assert len(portions) == 0
+
+
 @pytest.mark.parametrize("criterion", [LearnableLoss, NTXentLoss])
 def test_a_method_needs_no_change(criterion):
     method = Tiny(encoder(1), criterion()).double()

@@ -38,22 +38,33 @@ def test_group_contract(name, world_size, ranks):
     check_group(LOSSES[name], ranks, world_size)
 
 
-@pytest.mark.parametrize("form", ["in", "pair"])
-def test_group_contract_of_the_other_supervised_forms(form, ranks):
-    check_group(LOSSES["SupConLoss"], ranks, 3, form=form)
+def memory():
+    """Rows that are the same on all ranks, and their labels."""
+    rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return rows, torch.arange(9) % 4
 
 
-@pytest.mark.parametrize("name", ["DCLLoss", "DCLWLoss"])
-def test_group_contract_of_cross_negatives(name, ranks):
-    check_group(LOSSES[name], ranks, 3, negatives="cross")
-
-
-def test_group_contract_of_two_towers_seen_from_both_sides(ranks):
-    check_group(LOSSES["InfoNCELoss"], ranks, 3, symmetric=True)
-
-
-def test_group_contract_when_the_weight_is_differentiated(ranks):
-    check_group(LOSSES["DCLWLoss"], ranks, 3, detach_weight=False)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("name", "given", "options"),
+    [
+        ("SupConLoss", 0, {"form": "in"}),
+        ("SupConLoss", 0, {"form": "pair"}),
+        ("SupConLoss", 2, {}),
+        ("SupConLoss", 2, {"form": "in"}),
+        ("SupConLoss", 2, {"form": "pair"}),
+        ("DCLLoss", 0, {"negatives": "cross"}),
+        ("DCLLoss", 1, {}),
+        ("DCLWLoss", 0, {"negatives": "cross"}),
+        ("DCLWLoss", 0, {"detach_weight": False}),
+        ("DCLWLoss", 1, {}),
+        ("InfoNCELoss", 0, {"symmetric": True}),
+        ("InfoNCELoss", 1, {}),
+        ("InfoNCELoss", 1, {"in_batch": True}),
+    ],
+)
+def test_group_contract_of_other_forms(name, given, options, world_size, ranks):
+    check_group(LOSSES[name], ranks, world_size, memory=memory()[:given], **options)
 
 
 @pytest.mark.parametrize("impl", ["dense", "tiled"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -302,8 +304,10 @@ def test_finite_for_duplicates_zero_rows_and_extreme_norms(loss, dtype):
     with torch.no_grad():
         z[1] = z[0]
         z[2] = z[0]
-        if dtype != torch.float16:  # there the gradient of a zero row, 1 / 1e-12, overflows
+        # In float16 gradients of zero rows end at 2^14 times what comes in: gamma = 80 of the circle loss is too much.
+        if dtype != torch.float16 or loss is not circle_loss:
             z[3:5] = 0
+        if dtype != torch.float16:
             z[5] *= 1e20
             z[6] *= 1e-20
     labels[:5] = torch.tensor([0, 0, 1, 1, 2])
@@ -422,6 +426,40 @@ def test_keeps_nothing_of_size_n_by_n(loss):
     value.backward()
     assert z.grad.isfinite().all()
     assert z.grad.abs().sum() > 0
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import torch
+from cl_core import functional, miners
+torch.set_num_threads(1)
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+for name in sys.argv[1:]:
+    call = getattr(functional, name, None) or getattr(miners, name)
+    for rows in (800, 5000):
+        z, labels = torch.randn(rows, 64, requires_grad=True), torch.arange(rows) // 8
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        result = call(z, labels)
+        if name.endswith("loss"):
+            result.backward()
+    print(name, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory_is_that_of_tiles():
+    """A matrix of 5000 x 5000 takes 200 MB in float64; holes between small results can cost as much."""
+    names = ["triplet_margin_loss", "contrastive_margin_loss", "mine_batch_hard"]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *names], capture_output=True, text=True, check=True)
+    peaks = {name: float(peak) for name, peak in (line.split() for line in done.stdout.splitlines())}
+    assert peaks.keys() == set(names)
+    assert max(peaks.values()) < 100, peaks
 
 
 MODULES = {

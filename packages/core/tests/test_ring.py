@@ -49,6 +49,26 @@ def test_equals_one_process(name, options, world_size, ranks):
         torch.testing.assert_close(torch.stack(others).mean(0), one, rtol=1e-6, atol=1e-9)
 
 
+def on_each_rank(group, loss, parts, options):
+    return encoded_loss(
+        group, loss, tuple(part[torch.distributed.get_rank(group)] for part in parts), options
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss", "CLIPLoss", "SigLIPLoss"])
+def test_eight_ranks_go_around_the_ring_unasked(name, ranks):
+    assert _ring.RING_FROM == 8
+    loss, split = plugins.load_loss(name), [3, 1, 0, 4, 2, 1, 5, 2]
+    given = tuple(t.detach() for t in inputs(loss, rows=sum(split), width=5))
+    value, gradients = encoded_loss(None, loss, given, {})
+    parts = [t.split(split) for t in given]
+    values, of_ranks = zip(*ranks.run(on_each_rank, loss, parts, {}, world_size=8), strict=True)
+    torch.testing.assert_close(torch.stack(values).mean(), value, rtol=1e-6, atol=1e-9)
+    for one, *others in zip(gradients, *of_ranks, strict=True):
+        torch.testing.assert_close(torch.stack(others).mean(0), one, rtol=1e-6, atol=1e-9)
+
+
 class MostRows(TorchDispatchMode):
     """Records the most rows of any tensor of the embeddings' width."""
 

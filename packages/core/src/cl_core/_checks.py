@@ -12,6 +12,7 @@ from torch import Tensor
 from cl_core._types import Impl, Reduction
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COLDEST = 1e-18  # its square, by which a learnable one divides its gradient, is still a normal float32
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -69,6 +70,12 @@ def same_width(**tensors: Tensor) -> None:
     compatible(**tensors)
 
 
+def alongside(**tensors: Tensor) -> None:
+    """Refuse matrices with unequal numbers of columns or of unequal device; a memory may have another float type."""
+    _agree(tensors, "number of columns", lambda t: t.shape[-1])
+    _agree(tensors, "device", lambda t: t.device)
+
+
 def _agree(tensors: dict[str, Tensor], what: str, of) -> None:  # type: ignore[no-untyped-def]
     (first, one), *rest = tensors.items()
     for name, other in rest:
@@ -104,6 +111,16 @@ def positive(name: str, value: float | Tensor, *, rows: int | None = None) -> No
         raise TypeError(f"{name} must be a number > 0 or a tensor, got {type(value).__name__}.")
     elif not 0 < value < math.inf:  # the compiler can trace a comparison of symbols, but not math.isfinite
         raise ValueError(f"{name} must be finite and > 0, got {value}.")
+
+
+def temperature(name: str, value: float | Tensor, *, rows: int | None = None) -> None:
+    """Refuse what :func:`positive` refuses, and what is so small that logits and their gradients overflow float32."""
+    positive(name, value, rows=rows)
+    message = f"{name} must be at least {_COLDEST}, got a smaller one."
+    if isinstance(value, Tensor):
+        require((value.detach() >= _COLDEST).all(), message)
+    elif value < _COLDEST:
+        raise ValueError(message)
 
 
 def number(name: str, value: float, *, at_least: float = -math.inf, finite: bool = True) -> None:

@@ -58,7 +58,7 @@ class Comparison:
         self.row_ids, self.column_ids = ids, ref_ids
         if ref is not None and ref_labels is not None:
             _checks.embeddings("ref", ref)
-            _checks.same_width(z=z, ref=ref)
+            _checks.alongside(z=z, ref=ref)
             _checks.labels("ref_labels", ref_labels, rows=len(ref), of="ref", device=z.device)
             self.columns, self.column_labels = self._prepare(ref, normalize), ref_labels
         elif ids is not None:

@@ -8,7 +8,7 @@ a graph, and hand each chunk its share. The memory is that of one chunk's activa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,7 @@ Encoder = Callable[[Any], Tensor]
 
 def gradient_cache(
     loss: Callable[..., Tensor], towers: Sequence[tuple[Encoder, Any]], *, chunk_size: int
-) -> tuple[Tensor, Iterator[Tensor]]:
+) -> tuple[Tensor, Portions]:
     """Loss of embeddings, and its gradient in portions that fit.
 
     ::
@@ -35,7 +35,8 @@ def gradient_cache(
 
     The sum of the portions' gradients is the gradient of ``loss(encoder(view1), encoder(view2))``, for the weights
     of the encoders and the parameters of the loss. The random state of each chunk is replayed, so that dropout
-    masks agree. Rows must not see one another in the encoder: batch normalisation in training mode is refused.
+    masks agree, and so is autocast. Rows must not see one another in the encoder: batch normalisation in training mode
+    is refused.
 
     Args:
         loss: called once, with one (N, D) tensor a tower; a module's own parameters get their gradient.
@@ -43,7 +44,8 @@ def gradient_cache(
         chunk_size: rows encoded at a time.
 
     Returns:
-        The loss, detached, and the portions: one scalar a chunk of each tower, made when it is asked for.
+        The loss, detached, and the portions: one scalar a chunk of each tower, made when it is asked for; their length
+        is the number of those to come.
 
     Raises:
         ValueError: if there is no tower or no row, rows differ, or an encoder normalises over the batch.
@@ -74,15 +76,35 @@ def gradient_cache(
     ]
     used = [(one, g) for one, g in zip(passes, gradients, strict=False) if g is not None]
 
-    def portions() -> Iterator[Tensor]:
+    def made() -> Iterator[Tensor]:
         for place, (one, gradient) in enumerate(used):
             last = place == len(used) - 1
             yield from one.portions(gradient, also=own if last else [])
 
-    return value.detach(), portions()
+    return value.detach(), Portions(made(), sum(len(one.states) for one, _ in used))
 
 
-def method_gradient_cache(method: Method, batch: Any, *, chunk_size: int) -> tuple[Tensor, Iterator[Tensor]]:
+class Portions(Iterator[Tensor]):
+    """Scalars to back-propagate one after the other; their length is the number of those to come.
+
+    Args:
+        made: makes each when it is asked for.
+        count: how many.
+    """
+
+    def __init__(self, made: Iterator[Tensor], count: int) -> None:
+        self._made, self._left = made, count
+
+    def __next__(self) -> Tensor:
+        portion = next(self._made)
+        self._left -= 1
+        return portion
+
+    def __len__(self) -> int:
+        return self._left
+
+
+def method_gradient_cache(method: Method, batch: Any, *, chunk_size: int) -> tuple[Tensor, Portions]:
     """:func:`gradient_cache` of a method whose loss is ``criterion(...)`` of embeddings, without its help.
 
     ``method.loss`` is run on chunks of the batch with a stand-in for the criterion that notes the embeddings.
@@ -160,6 +182,10 @@ class _Pass:
             raise ValueError(f"inputs must be tensors of one number of rows >= 1, got {sorted(rows)}.")
         self.size, self.chunk_size, self.inputs = rows.pop(), chunk_size, inputs
         self.devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda})
+        self.autocast = {
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in {"cpu", *(tensor.device.type for tensor in tensors)}
+        }
         self.states: list[list[Tensor]] = []
         with torch.no_grad():
             parts = []
@@ -189,7 +215,10 @@ class _Pass:
 
     @contextmanager
     def _replayed(self, state: list[Tensor]) -> Iterator[None]:
-        with torch.random.fork_rng(devices=self.devices):
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=self.devices))
+            for kind, (enabled, dtype) in self.autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype, enabled))
             torch.set_rng_state(state[0])
             for device, one in zip(self.devices, state[1:], strict=True):
                 torch.cuda.set_rng_state(one, device)

@@ -32,7 +32,12 @@ _SHORTEST = 1e-12
 
 
 def scaled_rows(
-    z: Tensor, *, scale: float | Tensor = 1.0, normalize: bool = True, source: torch.dtype | None = None
+    z: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    normalize: bool = True,
+    source: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Rows of unit length times a scale, in at least float32.
 
@@ -47,9 +52,10 @@ def scaled_rows(
         scale: a number, a 0-d tensor or a tensor of shape (N,); tensors receive a gradient.
         normalize: scale to unit length first.
         source: the type of the original rows if they were widened before; it decides eps.
+        dtype: float32 or float64, to be compared with rows of that type; None for float32 (float64 for float64 input).
 
     Returns:
-        Shape (N, D), float32 (float64 for float64 input).
+        Shape (N, D).
 
     Cost: O(N D).
     """
@@ -57,7 +63,7 @@ def scaled_rows(
     if not isinstance(scale, Tensor):
         _checks.positive("scale", scale)
     eps = _SHORT.get(source or z.dtype, _SHORTEST)
-    z = at_least_float32(z)
+    z = at_least_float32(z) if dtype is None else z.to(dtype)
     factor = scale if not isinstance(scale, Tensor) else 1.0
     if normalize and torch.compiler.is_compiling():
         z = _dense.plain_unit_rows(z, factor, eps)
@@ -243,6 +249,7 @@ def two_view_terms(
 
 def fuses(z1: Tensor, temperature: float | Tensor, normalize: bool, impl: Impl) -> bool:
     """Whether two views like ``z1`` are few enough, and their logits small enough, for :func:`two_view_terms`."""
+    _checks.flag("normalize", normalize)
     bound, rows = logit_bound(temperature, normalize), 2 * z1.shape[0]
     if bound is None or not rows or torch.compiler.is_compiling():
         return False

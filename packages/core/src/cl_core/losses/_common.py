@@ -83,7 +83,7 @@ def view_terms(
 def _checked(views: Sequence[Tensor], *, temperature: float | Tensor, group: Group, impl: Impl) -> Shard:
     check_rows(group, **{f"z{i}": view for i, view in enumerate(views, 1)})
     _checks.same_shape(**{f"z{i}": view for i, view in enumerate(views, 1)})
-    _checks.positive("temperature", temperature)
+    _checks.temperature("temperature", temperature)
     _checks.impl(impl)
     return shard(views[0], group)
 
@@ -177,12 +177,12 @@ def queue_terms(
         names: what the two towers are called in errors.
     """
     _checks.embeddings("negatives", queue)
-    _checks.same_width(**{names[0]: x, "negatives": queue})
+    _checks.alongside(**{names[0]: x, "negatives": queue})
     rows, columns, split = _towers(
         x, y, names, temperature=temperature, normalize=normalize, group=group, impl=impl
     )
     positives = similarity.row_products(rows, columns)[:, None]
-    queue = similarity.scaled_rows(queue, normalize=normalize)
+    queue = similarity.scaled_rows(queue, normalize=normalize, dtype=rows.dtype)
     log_negatives = similarity.cross_log_sum_exp(rows, queue, impl=impl)
     if in_batch:
         log_negatives = torch.logaddexp(log_negatives, _over_ranks(rows, columns, split, impl))
@@ -202,7 +202,7 @@ def _towers(
     """Check two towers and scale their rows; the temperature goes to x alone."""
     check_rows(group, **dict(zip(names, (x, y), strict=True)))
     _checks.same_shape(**dict(zip(names, (x, y), strict=True)))
-    _checks.positive("temperature", temperature)
+    _checks.temperature("temperature", temperature)
     _checks.impl(impl)
     rows = similarity.scaled_rows(x, scale=inverse(temperature), normalize=normalize)
     return rows, similarity.scaled_rows(y, normalize=normalize), shard(x, group)

@@ -131,12 +131,12 @@ def _codes_of_crops(
     for i, earlier in enumerate(queue):
         _checks.embeddings(f"queue[{i}]", earlier, at_least=0)
         _check_size(f"queue[{i}]", earlier, epsilon=epsilon)
-        _checks.same_width(**{"scores[0]": scores[0], f"queue[{i}]": earlier})
+        _checks.alongside(**{"scores[0]": scores[0], f"queue[{i}]": earlier})
     # The queue is the same on all ranks: each of them brings a part of it, so that every row counts once.
     part = slice(split.rank, None, split.world_size)
-    wide = similarity.at_least_float32
+    wide = [similarity.at_least_float32(crop) for crop in scores]
     together = [
-        torch.cat([wide(crop), wide(earlier[part])]) for crop, earlier in zip(scores, queue, strict=True)
+        torch.cat([crop, earlier[part].to(crop.dtype)]) for crop, earlier in zip(wide, queue, strict=True)
     ]
     return [_codes(rows, epsilon, iterations, split)[: len(scores[0])] for rows in together]
 
@@ -200,7 +200,7 @@ def prototype_nce_loss(
         if phi is not None:
             _check_divisor("concentration", phi, rows.dtype)
         scale = inverse(temperature) if phi is None else phi.to(rows.dtype).reciprocal()
-        columns = similarity.scaled_rows(centres, scale=scale, normalize=normalize)
+        columns = similarity.scaled_rows(centres, scale=scale, normalize=normalize, dtype=rows.dtype)
         valid = index >= 0
         own = index.long().clamp_min(0)
         log_others = similarity.cross_log_sum_exp(
@@ -241,7 +241,7 @@ def _as_clusterings(
 
 def _check_clustering(z: Tensor, centres: Tensor, index: Tensor, phi: Tensor | None, *, at: str) -> None:
     _checks.embeddings(f"prototypes{at}", centres)
-    _checks.same_width(**{"z": z, f"prototypes{at}": centres})
+    _checks.alongside(**{"z": z, f"prototypes{at}": centres})
     _checks.labels(f"assignments{at}", index, rows=z.shape[0], of="z", device=z.device)
     message = f"assignments{at} must be below the number of prototypes, {len(centres)}, got a larger one."
     _checks.require((index < len(centres)).all(), message)

@@ -58,12 +58,12 @@ def ressl_loss(
     check_rows(group, query=query, key=key)
     _checks.same_shape(query=query, key=key)
     _checks.embeddings("queue", queue)
-    _checks.same_width(query=query, queue=queue)
-    _checks.positive("temperature", temperature)
-    _checks.positive("teacher_temperature", teacher_temperature)
+    _checks.alongside(query=query, queue=queue)
+    _checks.temperature("temperature", temperature)
+    _checks.temperature("teacher_temperature", teacher_temperature)
     student = similarity.scaled_rows(query, scale=inverse(temperature), normalize=normalize)
     teacher = similarity.scaled_rows(key.detach(), scale=1 / teacher_temperature, normalize=normalize)
-    columns = similarity.scaled_rows(queue.detach(), normalize=normalize)
+    columns = similarity.scaled_rows(queue.detach(), normalize=normalize, dtype=student.dtype)
     log_sum = similarity.cross_log_sum_exp(student, columns, impl=impl)
     expected = similarity.row_products(student, similarity.softmax_mean(teacher, columns))
     return reduce(log_sum - expected, reduction, split=shard(query, group))
@@ -91,7 +91,7 @@ class ReSSLLoss(QueueLoss):
         group: Group = None,
         impl: Impl = "auto",
     ) -> None:
-        _checks.positive("teacher_temperature", teacher_temperature)
+        _checks.temperature("teacher_temperature", teacher_temperature)
         super().__init__(
             temperature=temperature,
             teacher_temperature=teacher_temperature,

@@ -80,7 +80,7 @@ def sup_con_loss(
     _checks.impl(impl)
     check_rows(group, z=z)
     _checks.labels("labels", labels, rows=z.shape[0], of="z", device=z.device)
-    _checks.positive("temperature", temperature)
+    _checks.temperature("temperature", temperature)
     if base_temperature is not None:
         _checks.positive("base_temperature", base_temperature)
     comparison = _compare(z, labels, ref, ref_labels, temperature, normalize, group, impl)
@@ -191,11 +191,11 @@ def _compare(
         if ref is None or ref_labels is None:
             raise ValueError("ref and ref_labels must be given together, got only one of them.")
         _checks.embeddings("ref", ref)
-        _checks.same_width(z=z, ref=ref)
+        _checks.alongside(z=z, ref=ref)
         _checks.labels("ref_labels", ref_labels, rows=ref.shape[0], of="ref", device=ref.device)
         numbers, classes = _renumbered(torch.cat([labels, ref_labels.long()]))
         rows = similarity.scaled_rows(z, scale=inverse(temperature), normalize=normalize)
-        columns = similarity.scaled_rows(ref, normalize=normalize)
+        columns = similarity.scaled_rows(ref, normalize=normalize, dtype=rows.dtype)
         return _Comparison(
             rows, columns, numbers[:count], numbers[count:], None, classes, split, normalize, bound, impl
         )

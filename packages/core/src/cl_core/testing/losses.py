@@ -14,8 +14,9 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -317,10 +318,17 @@ def _extreme_inputs_stay_finite(loss: LossClass) -> None:
     if "impl" in options(loss):
         settings = [s | {"impl": impl} for s in settings for impl in ("dense", "tiled")]
     for name, given in _extremes(loss):
-        for setting in settings:
-            value, gradients = _value_and_gradients(loss(**setting), given)
-            assert value.isfinite(), f"{name}, {setting}: loss {value}"
-            assert all(g.isfinite().all() for g in gradients), f"{name}, {setting}: gradient not finite"
+        dtypes = [torch.float32, torch.bfloat16, torch.float16]
+        if "zero" in name:  # the gradient of a zero row, up to 2^14 / T, is beyond what float16 can hold
+            dtypes.pop()
+        if "norm" in name:  # as is the row itself
+            dtypes = dtypes[:1]
+        for dtype, setting in itertools.product(dtypes, settings):
+            of_dtype = _with_embeddings(given, lambda z, dtype=dtype: z.to(dtype))  # type: ignore[misc]
+            value, gradients = _value_and_gradients(loss(**setting), of_dtype)
+            what = f"{name}, {dtype}, {setting}"
+            assert value.isfinite(), f"{what}: loss {value}"
+            assert all(g.isfinite().all() for g in gradients), f"{what}: gradient not finite"
 
 
 @_check()
@@ -391,7 +399,8 @@ def _bad_inputs_get_one_sentence(loss: LossClass) -> None:
         refused("unequal rows", good[0], *(t[:-1] for t in rest))
     if any(t.is_floating_point() for t in rest):
         refused("unequal widths", good[0], *_with_embeddings(rest, lambda z: z[:, :-1]))
-        refused("unequal dtypes", good[0], *_with_embeddings(rest, lambda z: z.float()))
+        if not issubclass(loss, PrototypeLoss):  # prototypes may be kept in another precision
+            refused("unequal dtypes", good[0], *_with_embeddings(rest, lambda z: z.float()))
     if rest and not rest[-1].is_floating_point():
         refused("floating labels", *good[:-1], rest[-1].double())
     if "temperature" in options(loss):
@@ -408,17 +417,28 @@ def _is_one_sentence(error: Exception) -> bool:
     return "\n" not in text and text.endswith(".") and len(text) < 300
 
 
-def check_group(loss: LossClass, ranks: Ranks, world_size: int, **hyperparameters: Any) -> None:
+def check_group(
+    loss: LossClass, ranks: Ranks, world_size: int, *, memory: Sequence[Tensor] = (), **hyperparameters: Any
+) -> None:
     """The contract of ``group``: mean of rank losses and averaged gradient equal those of one process.
 
     Checked for an uneven split with a rank that may hold no row, through a linear encoder shared by all ranks, with a
     learnable temperature where there is one.
+
+    Args:
+        loss: class to check.
+        ranks: pool of processes.
+        world_size: number of ranks, 2 to 4.
+        memory: further arguments of a call, the same on all ranks, embeddings with 5 columns.
+        hyperparameters: of the constructor.
     """
     given = tuple(t.detach() for t in inputs(loss, rows=sum(_SPLITS[world_size]), width=5))
+    samples = [_has_rows_of_samples(loss, i) for i in range(len(given))] + [False] * len(memory)
+    given = (*given, *memory)
     single_loss, single_gradients = encoded_loss(None, loss, given, hyperparameters)
     parts = [
-        t.split(list(_SPLITS[world_size])) if _has_rows_of_samples(loss, i) else (t,) * world_size
-        for i, t in enumerate(given)
+        t.split(list(_SPLITS[world_size])) if of_samples else (t,) * world_size
+        for t, of_samples in zip(given, samples, strict=True)
     ]
     results = ranks.run(_rank_loss, loss, parts, hyperparameters, world_size=world_size)
     losses, gradients = zip(*results, strict=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Mapping
-from itertools import repeat
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cl_core.gradient_cache import method_gradient_cache
+from cl_core.gradient_cache import Portions, method_gradient_cache
 from cl_core.method import Method, Progress
 from cl_core.training.data import Data
 from cl_core.training.loader import TrainLoader
@@ -172,7 +171,7 @@ class LitMethod(pl.LightningModule):
             self._shared_update(portions, batch_idx)
         else:
             losses = self._losses(self.method(batch))
-            self._shared_update(iter([losses["loss"]]), batch_idx)
+            self._shared_update(Portions(iter([losses["loss"]]), 1), batch_idx)
         self._log(losses)
         return None
 
@@ -225,15 +224,15 @@ class LitMethod(pl.LightningModule):
         if self.trainer.loggers:
             self.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
 
-    def _shared_update(self, portions: Iterator[Tensor], batch_idx: int) -> None:
+    def _shared_update(self, portions: Portions, batch_idx: int) -> None:
         """Back-propagate the portions of a loss; step all optimisers if it is time."""
         last = batch_idx + 1 == self.trainer.num_training_batches
         steps = last or (batch_idx + 1) % self.accumulate_batches == 0
         # Processes average their gradients once a step, with the last portion of all.
         alone = self.trainer.world_size == 1
         block = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
-        for portion, final in zip(portions, repeat(False), strict=False) if alone else _with_last(portions):
-            with contextlib.nullcontext() if alone or (steps and final) else block():
+        for portion in portions:
+            with contextlib.nullcontext() if alone or (steps and not len(portions)) else block():
                 self.manual_backward(portion / self.accumulate_batches)
         if steps:
             for optimizer in self._lightning_optimizers().values():
@@ -266,15 +265,6 @@ class LitMethod(pl.LightningModule):
         self.last_losses = {name: value.detach() for name, value in losses.items()}
         if self.trainer.loggers:
             self.log_dict({f"train/{name}": value for name, value in self.last_losses.items()})
-
-
-def _with_last(portions: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Each portion and whether it is the last; makes one portion ahead of its use."""
-    held = next(portions)
-    for portion in portions:
-        yield held, False
-        held = portion
-    yield held, True
 
 
 def random_state() -> dict[str, Any]:
