@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cl_core import _ring, plugins
 from cl_core.distributed import shard
+from cl_core.testing import Ranks
 from cl_core.testing.losses import encoded_loss, inputs
 
 SPLITS = {2: [5, 3], 3: [4, 0, 4], 4: [3, 1, 0, 4]}
@@ -55,15 +56,21 @@ def on_each_rank(group, loss, parts, options):
     )
 
 
+@pytest.fixture(scope="module")
+def eight_ranks():
+    with Ranks(8) as pool:
+        yield pool
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss", "CLIPLoss", "SigLIPLoss"])
-def test_eight_ranks_go_around_the_ring_unasked(name, ranks):
+def test_eight_ranks_go_around_the_ring_unasked(name, eight_ranks):
     assert _ring.RING_FROM == 8
     loss, split = plugins.load_loss(name), [3, 1, 0, 4, 2, 1, 5, 2]
     given = tuple(t.detach() for t in inputs(loss, rows=sum(split), width=5))
     value, gradients = encoded_loss(None, loss, given, {})
     parts = [t.split(split) for t in given]
-    values, of_ranks = zip(*ranks.run(on_each_rank, loss, parts, {}, world_size=8), strict=True)
+    values, of_ranks = zip(*eight_ranks.run(on_each_rank, loss, parts, {}, world_size=8), strict=True)
     torch.testing.assert_close(torch.stack(values).mean(), value, rtol=1e-6, atol=1e-9)
     for one, *others in zip(gradients, *of_ranks, strict=True):
         torch.testing.assert_close(torch.stack(others).mean(0), one, rtol=1e-6, atol=1e-9)
