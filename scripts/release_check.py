@@ -3,10 +3,10 @@
     python scripts/release_check.py                                 # all packages
     python scripts/release_check.py cl-core --tag cl-core-v0.1.0    # one, about to be tagged so
 
-Without ``--tag`` the changelog may begin with an Unreleased section, and new public names need not be recorded
-yet. The wheel is built, read, and installed in a clean environment beside nothing but what it requires, where
-scripts/smoke/<module>.py must run (``--no-install`` leaves that out). Prints every problem found; exit status 1
-if there is any.
+Without ``--tag`` the changelog may begin with an Unreleased section, its top entry may be without a date, and new
+public names need not be recorded yet. The wheel is built, read, and installed in a clean environment beside nothing
+but what it requires, where scripts/smoke/<module>.py must run (``--no-install`` leaves that out). Prints every problem
+found; exit status 1 if there is any.
 """
 
 from __future__ import annotations
@@ -48,7 +48,16 @@ def version_problems(one: Member, tag: str | None = None) -> list[str]:
     if entries[:1] != [one.version]:
         top = entries[0] if entries else "missing"
         problems.append(f"{one.name}: the top entry of CHANGELOG.md is {top}, the version {one.version}.")
+    elif tag is not None and not _dated(one):
+        problems.append(f"{one.name}: the top entry of CHANGELOG.md has no date such as 2026-11-30.")
     return problems
+
+
+def _dated(one: Member) -> bool:
+    """Whether the newest entry of the changelog says when, as a release must."""
+    text = (one.path / "CHANGELOG.md").read_text(encoding="utf-8")
+    heading = re.search(r"^## .*$", text, flags=re.MULTILINE)
+    return heading is not None and re.search(r"\b\d{4}-\d\d-\d\d\b", heading[0]) is not None
 
 
 def changelog_entries(one: Member) -> list[str]:
@@ -188,7 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tag and not options.package:
         parser.error("--tag needs the package it belongs to.")
     found = members()
-    chosen = [member(options.package)] if options.package else found
+    try:
+        chosen = [member(options.package)] if options.package else found
+    except ValueError as error:
+        parser.error(str(error))
     problems = bound_problems(found)
     with tempfile.TemporaryDirectory() as work:
         for one in chosen:

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from PIL import Image
 from workspace import ROOT
 
 COMMANDS = [
@@ -32,6 +33,23 @@ def test_ci_runs_the_second_command_as_it_stands():
 def test_the_first_command_names_a_shipped_configuration():
     name = COMMANDS[0].split()[-1]
     assert (ROOT / "packages/vision/src/cl_vision/configs" / f"{name}.yaml").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "packages/core/README.md", "packages/vision/README.md"])
+def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, images in (("photos", 48), ("labelled/cat", 8), ("labelled/dog", 8)):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(images):
+            colour = (5 * number, 200 - 4 * number, 30 * len(name) % 255)
+            Image.new("RGB", (72, 68), colour).save(tmp_path / name / f"{number}.jpg")
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert blocks
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)  # our own page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -76,6 +76,19 @@ def test_the_changelog_must_begin_with_the_version(edit):
     assert "is missing" in release_check.version_problems(edited)[0]
 
 
+@pytest.mark.parametrize("heading", ["## [0.1.0] - Unreleased", "## 0.1.0"])
+def test_what_is_released_has_a_date(edit, heading):
+    edited = edit("CHANGELOG.md", "## 0.1.0 (2026-11-30)", heading)
+    assert release_check.version_problems(edited) == []
+    assert "has no date" in release_check.version_problems(edited, "cl-toy-v0.1.0")[0]
+
+
+def test_a_package_that_there_is_not(capsys):
+    with pytest.raises(SystemExit):
+        release_check.main(["cl-foo"])
+    assert "no package 'cl-foo' in this workspace" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("version", ["0.1", "0.1.0+local", "v0.1.0", "0.01.0", "soon"])
 def test_only_plain_versions_are_released(edit, version):
     problems = release_check.version_problems(edit("pyproject.toml", '"0.1.0"', f'"{version}"'))

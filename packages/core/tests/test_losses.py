@@ -73,6 +73,28 @@ def test_gradient_through_the_weight_is_the_derivative(impl):
     torch.autograd.gradcheck(loss(detach_weight=False, impl=impl), inputs(loss, rows=6, width=3))
 
 
+FUNCTIONS = {
+    "".join(word for word in name.split("_")): getattr(functional, name)
+    for name in functional.__all__
+    if name.endswith("_loss") or name == "negative_cosine_similarity"
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_module_is_its_function(name):
+    """So that parity with other libraries, shown for the functions, holds for the modules too."""
+    loss = LOSSES[name]
+    function = FUNCTIONS.get(name.lower()) or FUNCTIONS[name.removesuffix("Loss").lower()]
+    module = loss(**({"temperature": 0.3} if "temperature" in options(loss) else {})).double()
+    settings = {name: value for name, value in module.hyperparameters().items() if name != "max_scale"}
+    settings.pop("miner", None)
+    for learnt in ("logit_scale", "logit_bias"):
+        if hasattr(module, learnt):
+            settings[learnt] = getattr(module, learnt)
+    given = inputs(loss)
+    assert torch.equal(module(*given), function(*given, **settings))
+
+
 def test_modules_take_what_their_functions_take():
     z1, z2, z3, queue = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(6) % 2

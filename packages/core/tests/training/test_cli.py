@@ -221,6 +221,29 @@ class TheirLoss(TwoViewLoss):
         ("Q --model.loss.temperature x", "--model.loss.temperature must be of type float, got 'x'."),
         ("Q --trainer.max_epoch 3", "no option '--trainer.max_epoch'; did you mean '--trainer.max_epochs'"),
         ("Q --optimization.lr -1", "lr must be finite and > 0, got -1.0."),
+        (
+            "Q --model.loss NTXentLoss --model.loss.group foo",
+            "--model.loss.group must be 'world' or null, got 'foo'.",
+        ),
+        ("Q --optimization.betas [0.9,2]", "betas must be in [0, 1), got (0.9, 2.0)."),
+        ("Q --trainer.gradient_clip_val -1", "gradient_clip_val must be finite and > 0, got -1.0."),
+        (
+            "Q --trainer.limit_train_batches 1.5",
+            "limit_train_batches must be an integer >= 1 or a share in (0, 1]",
+        ),
+        (
+            "Q --trainer.accelerator warp",
+            "trainer.accelerator='warp', trainer.devices=1, trainer.strategy='auto'",
+        ),
+        ("Q --run_dir=", "run_dir must name a folder, got an empty text."),
+        ("fit tiny/quick", "'tiny/quick' is no option; a configuration is named by --config tiny/quick."),
+        (
+            "fit --config /proc/self/status",
+            "/proc/self/status is not a configuration: it is not readable YAML.",
+        ),
+        ("fit --init_from nowhere --data TinyData", "nowhere is neither a run nor an export: name a --model"),
+        ("reproduce grid --seeds a", "--seeds must be a list of integers such as [0,1,2]."),
+        ("reproduce grid --seeds []", "seeds must hold at least one number, got none."),
         ("Q --init_from nowhere", "nowhere is neither a run, nor an export, nor a checkpoint."),
         ("fit --resume nowhere", "nowhere is not a run"),
         ("test", "--ckpt is missing"),
@@ -235,6 +258,135 @@ def test_errors_are_one_sentence(command, args, sentence):
     assert err.startswith(f"cl-tiny: {sentence}")
     assert err.count("\n") == 1
     assert not Path("runs").exists()
+
+
+def test_options_stand_on_top_of_a_configuration_wherever_they_stand(command):
+    arguments = (
+        "--optimization.lr",
+        0.5,
+        "--model.loss.temperature=0.2",
+        "--config",
+        "tiny/quick",
+        "--print_config",
+    )
+    config = yaml.safe_load(command("fit", *arguments)[1])
+    assert config["optimization"]["lr"] == 0.5
+    assert config["model"]["init_args"]["loss"]["init_args"]["temperature"] == 0.2
+
+
+class Killed(Exception):
+    """Stands for a process that ends at once."""
+
+
+def test_a_run_that_goes_on_is_judged_by_its_checkpoint(command, tiny, monkeypatch):
+    """Not by the export of its earlier end."""
+    from cl_core.training.fitting import weights_of
+
+    def after_step(self, progress):
+        if progress.step == 18:
+            raise Killed
+
+    command("fit", "--config", "tiny/quick", "--run_dir", "here")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(tiny.TinyMethod, "after_step", after_step)
+        command("fit", "--resume", "here", "--trainer.max_epochs", 4)
+    checkpoint = weights_of("here/checkpoints/last.ckpt", package="cl-tiny")
+    found = weights_of("here", package="cl-tiny")
+    assert all(torch.equal(value, found[name]) for name, value in checkpoint.items())
+    out = command("test", "--ckpt", "here")[1].splitlines()
+    assert out[-1] == "written: here/metrics.json"
+    assert out[0] == command("test", "--ckpt", "here/checkpoints/last.ckpt")[1].splitlines()[0]
+    out = command("test", "--ckpt", "here/export")[1]
+    assert "not written to a run: here/export is not what here has come to" in out
+
+
+def test_only_the_result_on_its_own_data_is_written_to_the_run(command, tiny):
+    command("fit", "--config", "tiny/quick", "--run_dir", "here", "--checkpoint.keep_every_epochs", 1)
+    assert "written: here/metrics.json" in command("test", "--ckpt", "here", "--data.num_workers", 1)[1]
+    written = Path("here/metrics.json").read_bytes()
+    for arguments, why in (
+        (
+            ("here/checkpoints/epoch-0001.ckpt",),
+            "here/checkpoints/epoch-0001.ckpt is not what here has come to",
+        ),
+        (("here", "--data.size", 40), "data.size was 44 when here began and is 40 now"),
+        (
+            ("here", "--evaluation.neighbours", "[1]"),
+            "evaluation.neighbours was [5] when here began and is [1] now",
+        ),
+    ):
+        status, out, _ = command("test", "--ckpt", *arguments)
+        assert (status, out.splitlines()[-1]) == (0, f"not written to a run: {why}")
+    assert Path("here/metrics.json").read_bytes() == written
+
+
+def test_somebody_elses_files_above_an_export_are_left_alone(command):
+    command("fit", "--config", "tiny/quick", "--run_dir", "here")
+    Path("project/models").mkdir(parents=True)
+    Path("here/export").rename("project/models/mine")
+    for folder in (Path("project"), Path("project/models")):
+        (folder / "config.yaml").write_text("data: {path: x}\n")
+        (folder / "metrics.json").write_text("{}")
+    status, out, err = command("test", "--ckpt", "project/models/mine", "--data", "TinyData")
+    assert (status, err) == (0, "")
+    assert "not written to a run: it belongs to none" in out
+    assert Path("project/metrics.json").read_text() == Path("project/models/metrics.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("test --ckpt runs", "runs is neither a run, nor an export, nor a checkpoint."),
+        ("test --ckpt=", "--ckpt is missing"),
+        ("validate --ckpt /etc/hostname", "/etc/hostname is neither a run, nor an export, nor a checkpoint."),
+        ("test --ckpt young", "young is a run without a checkpoint so far."),
+        ("fit --config tiny/quick --init_from young", "young is a run without a checkpoint so far."),
+    ],
+)
+def test_what_is_no_trained_method(command, tiny, monkeypatch, arguments, said):
+    def after_step(self, progress):
+        raise Killed
+
+    Path("runs").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(tiny.TinyMethod, "after_step", after_step)
+        command("fit", "--config", "tiny/quick", "--run_dir", "young")
+    status, _, err = command(*arguments.split())
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith(f"cl-tiny: {said}")
+
+
+def test_init_from_says_what_kept_its_initial_values(command, caplog):
+    command("fit", "--config", "tiny/quick", "--run_dir", "first")
+    command("fit", "--config", "tiny/quick", "--init_from", "first", "--model.encoder.width", 4)
+    (said,) = caplog.messages
+    assert (
+        said
+        == "3 of 4 weights were not in first and keep their initial values, encoder.layers.0.weight first."
+    )
+
+
+def test_a_distribution_with_a_domain_of_its_own_lends_its_losses(command, install):
+    loss = """
+from cl_core.losses import TwoViewLoss
+
+class LentLoss(TwoViewLoss):
+    def forward(self, z1, z2):
+        return (z1 - z2).square().mean()
+"""
+    method = "from cl_core.method import Method\n\nclass LentMethod(Method):\n    pass\n"
+    install(
+        "lending",
+        files={"loss.py": loss, "method.py": method},
+        losses={"LentLoss": "lending.loss:LentLoss"},
+        methods={"LentMethod": "lending.method:LentMethod"},
+        domains={"lending": "lending"},
+    )
+    assert "LentLoss" in command("list", "losses")[1]
+    assert "LentMethod" not in command("list", "methods")[1]
+    assert command("fit", "--config", "tiny/quick", "--model.loss", "LentLoss")[0] == 0
+    err = command("fit", "--config", "tiny/quick", "--model", "LentMethod")[2]
+    assert err == "cl-tiny: LentMethod is a method of lending, which has a command of its own.\n"
 
 
 def test_debug_shows_where_an_error_came_from(command):
@@ -264,9 +416,6 @@ def test_what_was_asked_is_kept_for_the_resume(command, tiny, monkeypatch):
     def after_step(self, progress):
         if progress.step == 3:
             raise Killed
-
-    class Killed(Exception):
-        pass
 
     options = ("--config", "tiny/quick", "--init_from", "first", "--monitor.knn_every_epochs", "null")
     command("fit", "--config", "tiny/quick", "--run_dir", "first")
@@ -360,7 +509,29 @@ def test_reproduce_refuses_a_folder_of_other_settings(command):
     assert "out/b-narrow-seed0 holds a run of other settings" in err
 
 
-@pytest.mark.parametrize("text", ["a: [1", "seeds: [a]", "[]", "title: x"])
+def test_a_grid_put_right_runs_in_the_same_folder(command):
+    Path("grid.yaml").write_text(
+        GRID.replace("seeds: [0, 1]", "seeds: [0]").replace("tiny/quick", "tiny/quik")
+    )
+    assert command("reproduce", "grid.yaml", "--output", "out")[0] == 2
+    Path("grid.yaml").write_text(GRID.replace("seeds: [0, 1]", "seeds: [0]"))
+    assert command("reproduce", "grid.yaml", "--output", "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "a: [1",
+            "seeds: [a]",
+            "[]",
+            "title: x",
+            GRID.replace("[0, 1]", "[]"),
+            GRID + "metrics: [knn, foo]",
+        ),
+        "{title: x, seeds: [0], cells: []}",
+    ],
+)
 def test_a_file_that_is_no_grid(command, text):
     Path("grid.yaml").write_text(text)
     status, _, err = command("reproduce", "grid.yaml", "--output", "out")

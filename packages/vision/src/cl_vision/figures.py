@@ -75,6 +75,7 @@ def plot_curves(
             (baselines or {}).items(), (":", "--", "-.", (0, (1, 4))) * 4, strict=False
         ):
             axes[1].axhline(100 * value, color=_TEXT, linewidth=1.2, linestyle=dashes, label=name)
+        axes[1].set_ylim(top=min(axes[1].get_ylim()[1], 100.5))
         _legend_below(axes[1])
     if len(loss) > 1 or panels == 2:
         _legend_below(axes[0])

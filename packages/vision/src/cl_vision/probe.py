@@ -45,6 +45,7 @@ def probe_folder(
     validation: float = 0.2,
     test: float = 0.2,
     split_seed: int = 0,
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> ProbeResult:
     """Probe a trained method on one's own labelled folder; the encoder is not changed.
 
@@ -63,6 +64,7 @@ def probe_folder(
         validation: share of each class for validation where the folder has no such split.
         test: share of each class for testing where the folder has no such split.
         split_seed: of the held-out images.
+        on_error: ``"raise"`` for an error that names an unreadable file; ``"skip"`` to leave such files out.
 
     Returns:
         Accuracies on the test images.
@@ -81,6 +83,7 @@ def probe_folder(
         split_seed=split_seed,
         mean=mean,
         std=std,
+        on_error=on_error,
     )
     sizes = {split: len(data.evaluation_dataset(split)) for split in SPLITS}
     for split, size in sizes.items():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cl_core import plugins
+from cl_core.losses._base import ContrastiveLoss
 from cl_core.method import Method
 from cl_core.training.files import make_folder, read_json, sentence, to_json, write_atomically
 
@@ -180,7 +181,7 @@ def build(described: Any, expected: Any) -> Any:
             return known(**{key: build(value, hints.get(key, Any)) for key, value in arguments.items()})
         except Exception as error:  # whatever a constructor says of arguments that nobody checked
             raise ValueError(
-                f"{known.__name__} cannot be built from the export: {sentence(error)}."
+                f"{known.__name__} cannot be built from the export: {sentence(error).rstrip('.')}."
             ) from None
     if isinstance(described, list):
         parts = [build(entry, Any) for entry in described]
@@ -210,6 +211,8 @@ def _arguments(built: Any, name: str) -> dict[str, Any]:
     owner = next(base for base in kind.__mro__ if "__init__" in vars(base))
     if owner in (nn.Module, nn.Identity):  # they take anything and use nothing
         return arguments
+    if owner is ContrastiveLoss:  # a loss without a constructor of its own
+        return {key: describe(value, name=f"{name}.{key}") for key, value in built.hyperparameters().items()}
     for parameter in list(inspect.signature(owner.__init__).parameters.values())[1:]:  # type: ignore[misc]
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{name} is a {kind.__name__}, whose arguments are not all named.")

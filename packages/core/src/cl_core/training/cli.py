@@ -116,6 +116,9 @@ def main(domain: Domain, args: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from cl_core.training.commands import run
+    except KeyboardInterrupt:  # the imports take a while
+        print(f"\n{domain.command}: interrupted", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in (
             "lightning",
@@ -164,13 +167,13 @@ def _entries(domain: Domain, topic: str) -> list[str]:
         "losses": plugins.available_losses,
         "domains": plugins.available_domains,
     }[topic]()
-    if topic != "domains":
+    if topic == "methods":
         available = usable(domain, available)
     width = max((len(plugin.name) for plugin in available), default=0) + 2
     return [f"{plugin.name:<{width}}{plugin.distribution} {plugin.version}" for plugin in available]
 
 
 def usable(domain: Domain, available: Sequence[plugins.Plugin]) -> tuple[plugins.Plugin, ...]:
-    """Plugins that this domain can use: all but those of the other domains' own distributions."""
+    """Methods that this domain can use: all but those of distributions that bring a domain of their own."""
     others = {plugin.distribution for plugin in plugins.available_domains()} - {domain.distribution}
     return tuple(plugin for plugin in available if plugin.distribution not in others)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from cl_core.method import Method
 from cl_core.training import artifacts
 from cl_core.training.checkpoints import Checkpointing, Terminated
 from cl_core.training.cli import Domain
-from cl_core.training.data import SPLITS
+from cl_core.training.data import SPLITS, Data
 from cl_core.training.evaluating import Evaluation, accuracies, embed_split, has_labels
 from cl_core.training.files import sentence, write_atomically
 from cl_core.training.fitting import FitResult, fit, weights_of
 from cl_core.training.optimization import Optimization
 from cl_core.training.parsing import Parser
 from cl_core.training.run import RunFolder
-from cl_core.training.settings import Monitoring, TrainerOptions
+from cl_core.training.settings import Monitoring, TrainerOptions, changes, data_settings
 
 _NOT_KEPT = ("config", "resume", "run_dir", "debug", "print_config")
 
@@ -88,11 +89,10 @@ def fit_from(domain: Domain, args: list[str]) -> FitResult:
     resume, rest = _without_option(args, "--resume")
     if resume is not None:
         config = parser.parse_over(RunFolder.existing(resume).read_config(), rest)
+    elif (source := _without_option(args, "--init_from")[0]) and not _names(args, "--config", "--model"):
+        config = parser.parse_over({"model": _model_of(source)}, args)
     else:
         config = parser.parse(args)
-    if config.model is None and config.init_from is not None:
-        exported = artifacts.read_export_config(_export_of(config.init_from))
-        config = parser.parse_over({"model": artifacts.as_config(exported["model"])}, args)
     for name, topic in (("data", "data"), ("model", "methods")):
         if config[name] is None:
             raise ValueError(
@@ -137,18 +137,18 @@ def embed_command(domain: Domain, args: list[str]) -> None:
     help_ = "train, validation or test; default test, or train where nothing is held out"
     parser.parser.add_argument("--split", type=str, default=None, help=help_)
     parser.parser.add_argument("--output", type=str, required=True, help="safetensors file to write")
-    config, method, built = _trained(domain, parser, args)
-    sizes: dict[str, int] = {split: len(built.data.evaluation_dataset(split)) for split in SPLITS}
-    split: Any = config.split or ("test" if sizes["test"] else "train")
+    trained = _trained(domain, parser, args)
+    datasets: dict[str, Any] = {split: trained.data.evaluation_dataset(split) for split in SPLITS}
+    sizes = {split: len(dataset) for split, dataset in datasets.items()}
+    split: Any = trained.config.split or ("test" if sizes["test"] else "train")
     if not sizes.get(split):
         filled = ", ".join(f"{name} ({size})" for name, size in sizes.items() if size)
         raise ValueError(f"--split must be one that has rows: {filled}, got {split!r}.")
-    rows, labels = embed_split(
-        method, built.data, split, device=_device(), batch_size=built.evaluation.batch_size
-    )
+    size = trained.evaluation.batch_size
+    rows, labels = embed_split(trained.method, trained.data, split, device=_device(), batch_size=size)
     tensors = {"embeddings": rows.contiguous(), "labels": labels.contiguous()}
     path = write_atomically(
-        config.output, lambda temporary: save_file(tensors, temporary, metadata={"split": split})
+        trained.config.output, lambda temporary: save_file(tensors, temporary, metadata={"split": split})
     )
     print(f"{len(rows)} embeddings of width {rows.shape[1]} ({split}): {path}")
 
@@ -165,7 +165,7 @@ def table(domain: Domain, metrics: Mapping[str, Any]) -> str:
         if metrics.get(key)
     ]
     if not rows:
-        return "no labels in all of train, validation and test, so nothing to evaluate; embed writes the embeddings."
+        return "no labelled rows in all of train, validation and test, so nothing to evaluate; embed writes embeddings."
     lines = [f"{'test accuracy':<20}{'kNN':>8}{'linear probe':>15}"]
     lines += [f"{name:<20}{100 * row['knn']:>7.2f}%{100 * row['linear']:>14.2f}%" for name, row in rows]
     return "\n".join([*lines, "(neighbours and penalty chosen on validation; one seed)"])
@@ -173,22 +173,24 @@ def table(domain: Domain, metrics: Mapping[str, Any]) -> str:
 
 def _judge(domain: Domain, args: list[str], split: str) -> None:
     verb = "test" if split == "test" else "validate"
-    config, method, built = _trained(domain, _trained_parser(domain, verb), args)
-    if not has_labels(built.data):
-        raise ValueError(f"{type(built.data).__name__} has no labels in all splits, so nothing to {verb}.")
-    size = built.evaluation.batch_size
+    trained = _trained(domain, _trained_parser(domain, verb), args)
+    data, settings = trained.data, trained.evaluation
+    if not has_labels(data):
+        raise ValueError(f"{type(data).__name__} has no labelled rows in all splits, so nothing to {verb}.")
     train, validation = (
-        embed_split(method, built.data, name, device=_device(), batch_size=size)
+        embed_split(trained.method, data, name, device=_device(), batch_size=settings.batch_size)
         for name in ("train", "validation")
     )
     judged = validation
     if split == "test":
-        judged = embed_split(method, built.data, "test", device=_device(), batch_size=size)
-    found = accuracies(train, validation, judged, built.evaluation)
+        judged = embed_split(trained.method, data, "test", device=_device(), batch_size=settings.batch_size)
+    found = accuracies(train, validation, judged, settings)
     print(f"{split} accuracy: kNN {100 * found['knn']:.2f}%, linear probe {100 * found['linear']:.2f}%")
-    target = _run_of(Path(config.ckpt)) or RunFolder(config.ckpt)
-    target.write_metrics(**{verb: found})
-    print(f"written: {target.metrics}")
+    if trained.run is None or trained.other:
+        print(f"not written to a run: {trained.other or 'it belongs to none'}")
+        return
+    trained.run.write_metrics(**{verb: found})
+    print(f"written: {trained.run.metrics}")
 
 
 def _trained_parser(domain: Domain, verb: str) -> Parser:
@@ -201,26 +203,55 @@ def _trained_parser(domain: Domain, verb: str) -> Parser:
     return parser
 
 
-def _trained(domain: Domain, parser: Parser, args: list[str]) -> tuple[Any, Method, Any]:
-    """The parsed configuration, the trained method, and the built data and settings."""
+@dataclass(frozen=True)
+class _Trained:
+    """What the verbs on a trained method work with."""
+
+    config: Any
+    method: Method
+    data: Data
+    evaluation: Evaluation
+    run: RunFolder | None
+    other: str  # in what it is not the run's own result on its own data; empty if it is
+
+
+def _trained(domain: Domain, parser: Parser, args: list[str]) -> _Trained:
+    """Parse the arguments, load the method that they name, build its data."""
     if any(arg in ("-h", "--help") for arg in args):
         parser.parse(args)
     ckpt, _ = _without_option(args, "--ckpt")
-    if ckpt is None:
+    if not ckpt:
         raise ValueError("--ckpt is missing: the run folder, export or checkpoint to use.")
-    run = _run_of(Path(ckpt))
+    run, place = RunFolder.around(ckpt), Path(ckpt)
+    if run is None and not artifacts.is_export(place) and place.suffix != ".ckpt":
+        raise FileNotFoundError(f"{ckpt} is neither a run, nor an export, nor a checkpoint.")
     stored = run.read_config() if run is not None else {}
     wanted: dict[str, Any] = {key: stored[key] for key in ("data", "evaluation") if key in stored}
     config = parser.parse_over(wanted, args) if wanted else parser.parse(args)
     if config.data is None:
         raise ValueError(f"{ckpt} does not say which data it belongs to: pass --data CLASS.")
-    if artifacts.is_export(_export_of(ckpt)) and Path(ckpt).is_dir():
-        method = artifacts.load_export(_export_of(ckpt))
+    result = run.result if run is not None and run.path == place else place
+    if result is not None and artifacts.is_export(result):
+        method = artifacts.load_export(result)
     else:
         method = _from_checkpoint(domain, stored, ckpt)
     built = parser.instantiate(config)
     built.data.set_seed(int(stored.get("seed", 0)))
-    return config, method, built
+    other = "" if run is None else _other(run, result, built)
+    return _Trained(config, method, built.data, built.evaluation, run, other)
+
+
+def _other(run: RunFolder, result: Path | None, built: Any) -> str:
+    """In what something trained is not the result of a run on its own data, as a clause."""
+    if result is None or run.result is None or result.resolve() != run.result.resolve():
+        return f"{result} is not what {run.path} has come to"
+    began = run.read_settings()
+    now = data_settings(built.data, evaluation=built.evaluation)
+    try:
+        changes({name: began[name] for name in now}, now, run=run.path)
+    except ValueError as error:
+        return str(error).partition(":")[0]
+    return ""
 
 
 def _from_checkpoint(domain: Domain, stored: Mapping[str, Any], ckpt: str) -> Method:
@@ -236,19 +267,22 @@ def _from_checkpoint(domain: Domain, stored: Mapping[str, Any], ckpt: str) -> Me
     return method.eval()
 
 
-def _run_of(path: Path) -> RunFolder | None:
-    """The run that a run folder, its export or one of its checkpoints belongs to."""
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / "config.yaml").is_file():
-            return RunFolder(folder)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is neither a run, nor an export, nor a checkpoint.")
-    return None
+def _model_of(source: str) -> Any:
+    """The model that a run or an export holds, in the words of a configuration."""
+    place = Path(source)
+    run = RunFolder.around(place)
+    if run is not None:
+        return run.read_config()["model"]
+    if not artifacts.is_export(place):
+        raise FileNotFoundError(
+            f"{source} is neither a run nor an export: name a --model to initialise from it."
+        )
+    return artifacts.as_config(artifacts.read_export_config(place)["model"])
 
 
-def _export_of(source: str) -> Path:
-    path = Path(source)
-    return path if artifacts.is_export(path) else RunFolder(path).export
+def _names(args: list[str], *options: str) -> bool:
+    """Whether any of the options is given."""
+    return any(arg == option or arg.startswith(f"{option}=") for arg in args for option in options)
 
 
 def _run_name(domain: Domain, args: list[str]) -> str | None:

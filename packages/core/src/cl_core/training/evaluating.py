@@ -15,6 +15,8 @@ from cl_core.evaluation import knn_predict, linear_probe
 from cl_core.method import Method
 from cl_core.training.data import SPLITS, Data, Split
 
+METRICS = ("knn", "linear", "knn_validation", "linear_validation")
+"""Accuracies that :func:`accuracies` gives."""
 Embedding = tuple[Tensor, Tensor]
 """Rows (N, D) and their labels (N,), on the CPU."""
 

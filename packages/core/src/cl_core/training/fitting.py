@@ -57,6 +57,7 @@ from cl_core.training.settings import (
     with_changes,
 )
 
+_LOG = logging.getLogger(__name__)
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
@@ -205,6 +206,9 @@ def fit(
     _checks.count("seed", seed, at_least=0)
     if seed > _LARGEST_SEED:
         raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {seed}.")
+    for given_name, given in (("run_dir", run_dir), ("resume", resume), ("init_from", init_from)):
+        if given == "":
+            raise ValueError(f"{given_name} must name a folder, got an empty text.")
     if resume is not None and run_dir is not None:
         raise ValueError(
             f"run_dir must be None where a run is resumed, which stays in its folder, got {run_dir}."
@@ -227,6 +231,7 @@ def fit(
     data.set_seed(seed)
     with _one_sentence():
         lit = task.adaptor()
+    with _one_sentence(task.trainer.named()):
         processes = _trainer(task.trainer, lit).world_size
     settings = task.settings(processes=processes) | {"weights": GIVEN if config is None else DRAWN}
     asked = as_configuration(settings) if config is None else placed(yaml.safe_load(config))
@@ -275,6 +280,14 @@ def _fit_in(
             kept = artifacts.initialise(task.method, initial, source=str(task.init_from))
             if rank == 0:
                 run.write_metrics(initialised_from=settings["init_from"], kept_initial=kept)
+                if kept:
+                    _LOG.warning(
+                        "%d of %d weights were not in %s and keep their initial values, %s first.",
+                        len(kept),
+                        len(task.method.state_dict()),
+                        task.init_from,
+                        kept[0],
+                    )
         task.method.train()
         try:
             table = _train(lit, run, task)
@@ -325,17 +338,17 @@ def weights_of(source: str | Path, *, package: str) -> dict[str, Tensor]:
         FileNotFoundError: if there is nothing to read.
         ValueError: in one sentence, if it cannot be read.
     """
-    source = Path(source)
-    if source.is_dir():
-        if artifacts.is_export(source):
-            return artifacts.read_export_weights(source)
-        run = RunFolder(source)
-        if artifacts.is_export(run.export):
-            return artifacts.read_export_weights(run.export)
-        source = run.last_checkpoint if run.last_checkpoint.is_file() else source
-    if not source.is_file():
+    place = Path(source)
+    if place.is_dir() and not artifacts.is_export(place):
+        run = RunFolder(place)
+        if run.result is None and run.config.is_file():
+            raise FileNotFoundError(f"{source} is a run without a checkpoint so far.")
+        place = run.result or place
+    if artifacts.is_export(place):
+        return artifacts.read_export_weights(place)
+    if not place.is_file():
         raise FileNotFoundError(f"{source} is neither a run, nor an export, nor a checkpoint.")
-    checkpoint = read_checkpoint(source, package=package)
+    checkpoint = read_checkpoint(place, package=package)
     if average := checkpoint.get("callbacks", {}).get(MovingAverage.__qualname__, {}).get("average"):
         return dict(average)
     return {name.removeprefix("method."): value for name, value in checkpoint["state_dict"].items()}
@@ -448,12 +461,12 @@ def _trainer(options: TrainerOptions, lit: LitMethod, **rest: Any) -> pl.Trainer
 
 
 @contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
+def _one_sentence(asked: str = "") -> Iterator[None]:
     """What was asked for and cannot be done, as a ValueError of one line."""
     try:
         yield
     except (MisconfigurationException, ValueError) as error:
-        raise ValueError(sentence(error)) from error
+        raise ValueError(f"{asked} cannot be had: {sentence(error)}" if asked else sentence(error)) from error
 
 
 @contextlib.contextmanager

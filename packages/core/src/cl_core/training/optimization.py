@@ -42,6 +42,8 @@ class Optimization:
         _checks.choice("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
         _checks.choice("schedule", self.schedule, ("constant", "cosine"))
         _checks.positive("lr", self.lr)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}.")
         for name in ("weight_decay", "momentum", "warmup_epochs"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

@@ -32,7 +32,7 @@ def load_known(domain: Domain) -> dict[str, str]:
     broken = {}
     for plugin in (
         *usable(domain, plugins.available_methods()),
-        *usable(domain, plugins.available_losses()),
+        *plugins.available_losses(),
     ):
         try:
             plugin.load()
@@ -99,27 +99,30 @@ class Parser:
         return self._parse([f"--config={yaml.safe_dump(config)}", *self._resolved(args)])
 
     def _resolved(self, args: Sequence[str]) -> list[str]:
-        resolved: list[str] = []
-        for place, arg in enumerate(args):
-            if place and args[place - 1] == "--config":
-                resolved.append(self._config(arg))
+        """The arguments with configurations first: an option beside one is meant to be on top of it."""
+        configs: list[str] = []
+        rest: list[str] = []
+        given = iter(args)
+        for arg in given:
+            if arg == "--config":
+                configs.append(f"--config={self._config(next(given, ''))}")
             elif arg.startswith("--config="):
-                resolved.append(f"--config={self._config(arg.partition('=')[2])}")
+                configs.append(f"--config={self._config(arg.partition('=')[2])}")
             else:
-                resolved.append(arg)
-        return resolved
+                rest.append(arg)
+        return configs + rest
 
     def _config(self, name: str) -> str:
         """The file of a configuration, or the parts of its text that this command has."""
         path = self.domain.find_config(name)
-        if self.parts is None:
-            return str(path)
         try:
             content = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError):
             content = None
         if not isinstance(content, dict):
             raise ValueError(f"{path} is not a configuration: it is not readable YAML.")
+        if self.parts is None:
+            return str(path)
         return str(yaml.safe_dump({part: content[part] for part in self.parts if part in content}))
 
     def _parse(self, args: list[str]) -> Namespace:
@@ -154,6 +157,8 @@ class Parser:
         """One sentence for an error of the parser."""
         if found := re.search(r"unrecognized arguments: (.+)", message):
             option = found[1].split()[0].partition("=")[0]
+            if not option.startswith("-"):
+                return f"{option!r} is no option; a configuration is named by --config {option}."
             known = [name for action in self.parser._actions for name in action.option_strings]
             return plugins.unknown("option", option, known)
         if found := re.search(r"Option '([^']+)' is not accepted", message):
@@ -186,11 +191,17 @@ class Parser:
         roots: dict[str, list[type]] = {"model": [Method], "data": [Data]}
         bases = roots.get(key, [])
         if owner is not None:
-            hints = typing.get_type_hints(inspect.getattr_static(owner, "__init__"))
-            bases = base_classes(hints.get(key))
+            hint = typing.get_type_hints(inspect.getattr_static(owner, "__init__")).get(key)
+            if words := [word for part in typing.get_args(hint) for word in typing.get_args(part)]:
+                allowed = [*map(repr, words), *["null"] * (type(None) in typing.get_args(hint))]
+                return f"{_option(before)} must be {' or '.join(allowed)}, got {name!r}."
+            bases = base_classes(hint)
         known = {child.__name__ for base in bases for child in subclasses(base) if child not in bases}
         known = {entry for entry in known if not entry.startswith("_")}
         kinds = " or ".join(base.__name__ for base in bases) or "class"
+        for plugin in plugins.available_methods() if key == "model" else ():
+            if plugin.name == name and plugin not in usable(self.domain, (plugin,)):
+                return f"{name} is a method of {plugin.distribution}, which has a command of its own."
         if name in {plugin.name for plugin in (*plugins.available_methods(), *plugins.available_losses())}:
             return f"{_option(before)} takes a {kinds}, which {name} is not: {', '.join(sorted(known))}."
         topic = {"model": "methods", "data": "data", "loss": "losses"}.get(key)

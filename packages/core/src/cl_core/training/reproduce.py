@@ -25,8 +25,9 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 
-from cl_core import plugins
+from cl_core import _checks, plugins
 from cl_core.training.cli import Domain
+from cl_core.training.evaluating import METRICS
 from cl_core.training.files import make_folder, read_json, sentence, to_json, write_atomically
 from cl_core.training.run import RunFolder
 
@@ -97,9 +98,11 @@ class Grid:
             for name in ("seeds", "metrics", "cells"):
                 if not getattr(grid, name):
                     raise ValueError(f"{name} must hold at least one entry")
+            for metric in grid.metrics:
+                _checks.choice("metrics", metric, METRICS)
             return grid
         except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} is not a grid of cells: {sentence(error)}.") from None
+            raise ValueError(f"{path} is not a grid of cells: {sentence(error).rstrip('.')}.") from None
 
 
 def reproduce_command(domain: Domain, args: list[str]) -> None:
@@ -112,6 +115,8 @@ def reproduce_command(domain: Domain, args: list[str]) -> None:
     try:
         config = parser.parse_args(args)
     except Exception as error:
+        if "seeds" in str(error):
+            raise ValueError("--seeds must be a list of integers such as [0,1,2].") from None
         raise ValueError(sentence(error)) from None
     name = Path(config.name).stem if Path(config.name).is_file() else config.name
     output = Path(config.output or f"runs/reproduce-{name}")
@@ -180,7 +185,7 @@ def _run_cell(domain: Domain, cell: Cell, seed: int, folder: Path) -> None:
     run = RunFolder(folder / cell.folder(seed))
     asked = run.path / "cell.json"
     plan = {"arguments": cell.arguments(seed)}
-    if asked.is_file() and read_json(asked) != plan:
+    if run.config.is_file() and asked.is_file() and read_json(asked) != plan:
         raise ValueError(f"{run.path} holds a run of other settings: choose another --output.")
     write_atomically(asked, to_json(plan))
     if run.finished:

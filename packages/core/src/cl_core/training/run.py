@@ -195,6 +195,23 @@ class RunFolder:
         """Whether the trained method has been exported and evaluated."""
         return is_export(self.export) and bool(self.read_metrics().get("finished"))
 
+    @property
+    def result(self) -> Path | None:
+        """What the run has learnt so far: the export of a finished run, else the last checkpoint; None before it."""
+        if is_export(self.export) and (self.finished or not self.last_checkpoint.is_file()):
+            return self.export
+        return self.last_checkpoint if self.last_checkpoint.is_file() else None
+
+    @classmethod
+    def around(cls, path: str | Path) -> RunFolder | None:
+        """The run that a run folder, its export or one of its checkpoints belongs to."""
+        path = Path(path)
+        for folder in (path, path.parent, path.parent.parent):
+            run = cls(folder)
+            if run.config.is_file() and run.settings.is_file():
+                return run
+        return None
+
 
 def _first_free(parent: Path, name: str) -> Path:
     taken = [

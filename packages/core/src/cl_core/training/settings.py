@@ -79,9 +79,19 @@ class TrainerOptions:
         _checks.count("max_epochs", self.max_epochs)
         if self.max_steps != -1:
             _checks.count("max_steps", self.max_steps)
-        if not self.limit_train_batches > 0:
-            raise ValueError(f"limit_train_batches must be > 0, got {self.limit_train_batches}.")
+        limit = self.limit_train_batches
+        if isinstance(limit, bool) or not (limit >= 1 if isinstance(limit, int) else 0 < limit <= 1):
+            raise ValueError(
+                f"limit_train_batches must be an integer >= 1 or a share in (0, 1], as 1.0 for all, got {limit}."
+            )
         _checks.count("accumulate_grad_batches", self.accumulate_grad_batches)
+        if self.gradient_clip_val is not None:
+            _checks.positive("gradient_clip_val", self.gradient_clip_val)
+
+    def named(self) -> str:
+        """What is asked of the machine, for the message if it has not got it."""
+        names = ("accelerator", "devices", "strategy", "precision")
+        return ", ".join(f"trainer.{name}={getattr(self, name)!r}" for name in names)
 
 
 @dataclass(frozen=True)
@@ -121,16 +131,25 @@ def settings_of(
         processes: that share a batch.
         rest: plain settings.
     """
-    settings = {
-        "model": as_config(describe(method)),
-        "data": _data_settings(data),
-        **{name: asdict(group) for name, group in groups.items()},
-        **{name: describe(value, name=name) for name, value in rest.items()},
+    return {
+        "model": _read_back(as_config(describe(method))),
+        **data_settings(data, **groups),
+        **_read_back({name: describe(value, name=name) for name, value in rest.items()}),
         "processes": processes,
         "global_batch_size": processes * data.batch_size,
     }
-    read_back: dict[str, Any] = json.loads(to_json(settings))  # as a later resume finds them
-    return read_back
+
+
+def data_settings(data: Data, **groups: Any) -> dict[str, Any]:
+    """The part of :func:`settings_of` that is about data, and dataclasses of settings by name."""
+    described = {"data": _described_data(data), **{name: asdict(group) for name, group in groups.items()}}
+    settings: dict[str, Any] = _read_back(described)
+    return settings
+
+
+def _read_back(settings: Any) -> Any:
+    """Settings as a later resume finds them in the file."""
+    return json.loads(to_json(settings))
 
 
 def as_configuration(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +227,7 @@ def _joined(path: str, name: str) -> str:
     return path if name == "init_args" else f"{path}.{name}".lstrip(".")
 
 
-def _data_settings(data: Data) -> dict[str, Any]:
+def _described_data(data: Data) -> dict[str, Any]:
     kind = type(data)
     arguments: dict[str, Any] = {}
     for name in inspect.signature(kind).parameters:
