@@ -51,8 +51,11 @@ class TwoViewLoss(ContrastiveLoss):
         raise NotImplementedError(f"{type(self).__name__} must define forward(z1, z2).")
 
 
-class QueryKeyLoss(ContrastiveLoss):
-    """Called with ``(query, key, negatives=None)``: row i of ``key`` is the positive of row i of ``query``."""
+class QueryKeyLoss(TwoViewLoss):
+    """Called with ``(query, key, negatives=None)``: row i of ``key`` is the positive of row i of ``query``.
+
+    Without negatives it is a loss of two views; with a queue of negatives, what MoCo asks for.
+    """
 
     def forward(self, query: Tensor, key: Tensor, negatives: Tensor | None = None) -> Tensor:
         """Loss of queries (N, D) against keys (N, D) and optional extra negatives (K, D)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_core import _checks
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard
-from cl_core.losses._base import TwoViewLoss
+from cl_core.losses._base import QueryKeyLoss
 from cl_core.losses._common import PairTerms, compared_views, pair_terms, queue_terms, reduce_pairs
 from cl_core.similarity import at_least_float32
 
@@ -148,7 +148,7 @@ def _hardness(similarities: Tensor, sigma: float, split: Shard) -> Tensor:
     return 2 - split.total * torch.exp(scaled - torch.logsumexp(split.gather(scaled), 0))
 
 
-class DCLLoss(TwoViewLoss):
+class DCLLoss(QueryKeyLoss):
     """Module form of :func:`dcl_loss`.
 
     Args:
@@ -180,13 +180,13 @@ class DCLLoss(TwoViewLoss):
             impl=impl,
         )
 
-    def forward(self, z1: Tensor, z2: Tensor, negatives: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, negatives: Tensor | None = None) -> Tensor:
         """Loss of two views, each of shape (N, D); with a queue (K, D) its rows are the negatives."""
         options = self.hyperparameters() | ({} if negatives is None else {"negatives": negatives})
-        return dcl_loss(z1, z2, **options)
+        return dcl_loss(query, key, **options)
 
 
-class DCLWLoss(TwoViewLoss):
+class DCLWLoss(QueryKeyLoss):
     """Module form of :func:`dclw_loss`.
 
     Args:
@@ -225,7 +225,7 @@ class DCLWLoss(TwoViewLoss):
             impl=impl,
         )
 
-    def forward(self, z1: Tensor, z2: Tensor, negatives: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, negatives: Tensor | None = None) -> Tensor:
         """Loss of two views, each of shape (N, D); with a queue (K, D) its rows are the negatives."""
         options = self.hyperparameters() | ({} if negatives is None else {"negatives": negatives})
-        return dclw_loss(z1, z2, **options)
+        return dclw_loss(query, key, **options)

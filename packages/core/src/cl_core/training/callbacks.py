@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cl_core import diagnostics
-from cl_core.losses._base import LabelledLoss, QueryKeyLoss, TwoViewLoss
+from cl_core.losses._base import LabelledLoss, TwoViewLoss
 from cl_core.momentum import ExponentialMovingAverage
 from cl_core.training.data import Data
 from cl_core.training.evaluating import Evaluation, embed_split, labelled, neighbour_accuracies
@@ -91,11 +91,7 @@ class Diagnostics(pl.Callback):
         due = due and batch_idx + 1 == trainer.num_training_batches
         progress = pl_module.progress
         due = due or progress.step + 1 >= progress.total_steps  # max_steps may end it inside an epoch
-        if (
-            due
-            and trainer.is_global_zero
-            and isinstance(criterion, TwoViewLoss | QueryKeyLoss | LabelledLoss)
-        ):
+        if due and trainer.is_global_zero and isinstance(criterion, TwoViewLoss | LabelledLoss):
             self._handle = criterion.register_forward_pre_hook(self._listen)
 
     def on_train_batch_end(
