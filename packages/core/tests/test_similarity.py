@@ -61,8 +61,14 @@ def test_self(pairs, dtype, tolerance, logit, impl):
     same_value_and_gradients(result, naive(z, z, excluded), [z], tolerance=tolerance)
 
 
+def one_node(z1, z2, temperature, *, normalize=True, impl="auto"):
+    return similarity._two_view_terms(
+        z1, z2, temperature=temperature, normalize=normalize, impl=impl, source=z1.dtype
+    )
+
+
 def in_parts(z1, z2, temperature):
-    """What two_view_terms is one node of."""
+    """What the one node computes, in several."""
     n = len(z1)
     rows = similarity.scaled_rows(torch.stack([z1, z2], 1).view(2 * n, -1), scale=temperature**-0.5)
     x, y = rows.view(n, 2, -1).unbind(1)
@@ -76,7 +82,7 @@ def test_two_views_in_one_node(samples, norm):
     z = [random_rows(samples, seed=seed).detach() for seed in (1, 2)]
     z[0][0] *= norm
     z = [view.requires_grad_() for view in z]
-    given, wanted = similarity.two_view_terms(*z, temperature=0.2), in_parts(*z, 0.2)
+    given, wanted = one_node(*z, 0.2), in_parts(*z, 0.2)
     torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-12)
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in wanted]
@@ -90,20 +96,19 @@ def test_two_views_in_one_node(samples, norm):
 
 def test_two_views_in_one_node_can_be_differentiated_twice():
     z = [random_rows(4, seed=seed) for seed in (1, 2)]
-    function = lambda a, b: similarity.two_view_terms(a, b, temperature=0.5)  # noqa: E731
+    function = lambda a, b: one_node(a, b, 0.5)  # noqa: E731
     torch.autograd.gradcheck(function, z)
     torch.autograd.gradgradcheck(function, z)
 
 
-def test_small_batches_of_two_views_take_the_one_node():
+def test_only_small_batches_of_small_logits_take_the_one_node():
     z = random_rows(8, seed=1)
-    assert similarity.fuses(z, 0.1, True, "auto")
-    assert similarity.fuses(z, 0.1, True, "dense")
-    assert not similarity.fuses(z, 0.1, True, "tiled")
-    assert not similarity.fuses(z, 0.1, False, "auto")  # of unknown length
-    assert not similarity.fuses(z, torch.tensor(0.1), True, "auto")  # wants a gradient
-    assert not similarity.fuses(z, 1e-3, True, "auto")  # needs a shift
-    assert not similarity.fuses(torch.empty(1025, 4), 0.1, True, "auto")
+    assert one_node(z, z, 0.1, impl="dense") is not None
+    assert one_node(z, z, 0.1, impl="tiled") is None
+    assert one_node(z, z, 0.1, normalize=False) is None  # of unknown length
+    assert one_node(z, z, torch.tensor(0.1)) is None  # wants a gradient
+    assert one_node(z, z, 1e-3) is None  # needs a shift
+    assert one_node(torch.empty(1025, 4), torch.empty(1025, 4), 0.1) is None
 
 
 @pytest.mark.parametrize("impl", IMPLS)

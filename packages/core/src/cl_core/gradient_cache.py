@@ -59,7 +59,7 @@ def gradient_cache(
         raise ValueError("towers must hold at least one pair of encoder and inputs, got none.")
     for encoder, _ in towers:
         if isinstance(encoder, nn.Module):
-            _check_rows_are_alone(encoder)
+            check_rows_are_alone(encoder)
     passes = [_Pass(encoder, inputs, chunk_size) for encoder, inputs in towers]
     embeddings = [one.embeddings.requires_grad_() for one in passes]
     parameters = [p for p in loss.parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
@@ -122,7 +122,7 @@ def method_gradient_cache(method: Method, batch: Any, *, chunk_size: int) -> tup
             the batch.
     """
     _checks.count("chunk_size", chunk_size)
-    _check_rows_are_alone(method)
+    check_rows_are_alone(method)
     criterion = cast(nn.Module, method.criterion)
     widths: list[int] = []
 
@@ -225,7 +225,8 @@ class _Pass:
             yield
 
 
-def _check_rows_are_alone(module: nn.Module) -> None:
+def check_rows_are_alone(module: nn.Module) -> None:
+    """Refuse a module that normalises over the batch it is trained on."""
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
             raise ValueError(

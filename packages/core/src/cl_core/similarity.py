@@ -225,37 +225,6 @@ def paired_log_sum_exp(
     return along_rows.to(rows.dtype), along_columns.to(rows.dtype)
 
 
-def two_view_terms(
-    z1: Tensor, z2: Tensor, *, temperature: float | Tensor, source: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    r"""Logits of pairs, and log-sum-exp over both views of all other samples, in one node of autograd.
-
-    What :func:`scaled_rows`, :func:`row_products` and :func:`self_log_sum_exp` give, where :func:`fuses` allows it.
-
-    Args:
-        z1: view 1, shape (N, D), float32 or float64.
-        z2: view 2, shape (N, D); row i is the same sample as row i of z1.
-        temperature: T > 0, a number.
-        source: the type of the original rows if they were widened before; it decides eps of :func:`scaled_rows`.
-
-    Returns:
-        Shapes (N, 1) and (N, 2).
-
-    Cost: O(N^2 D) time, O(N^2) memory.
-    """
-    eps = _SHORT.get(source or z1.dtype, _SHORTEST)
-    return _dense.KeptViews.apply(z1, z2, temperature**-0.5, eps)  # type: ignore[no-any-return]
-
-
-def fuses(z1: Tensor, temperature: float | Tensor, normalize: bool, impl: Impl) -> bool:
-    """Whether two views like ``z1`` are few enough, and their logits small enough, for :func:`two_view_terms`."""
-    _checks.flag("normalize", normalize)
-    bound, rows = logit_bound(temperature, normalize), 2 * z1.shape[0]
-    if bound is None or not rows or torch.compiler.is_compiling():
-        return False
-    return _fits(rows, rows, impl) and _tiles.safe(z1, z1, bound)
-
-
 def softmax_mean(rows: Tensor, columns: Tensor, *, tile: tuple[int, int] | None = None) -> Tensor:
     r"""Mean of the columns under the softmax of a row's similarities, without a gradient.
 
@@ -429,6 +398,24 @@ def row_products(x: Tensor, y: Tensor) -> Tensor:
 def _fits(rows: int, columns: int, impl: Impl) -> bool:
     """Whether to keep the matrix."""
     return impl == "dense" or (impl == "auto" and rows * columns <= _DENSE_ENTRIES)
+
+
+def _two_view_terms(
+    z1: Tensor, z2: Tensor, *, temperature: float | Tensor, normalize: bool, impl: Impl, source: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Logits of pairs (N, 1), and log-sum-exp over both views of all other samples (N, 2), in one node of autograd.
+
+    None where there are too many rows to keep their matrix, or their logits are not known to be small: then
+    :func:`scaled_rows`, :func:`row_products` and :func:`self_log_sum_exp` give the same. ``source`` is the type of the
+    rows before they were widened.
+    """
+    _checks.flag("normalize", normalize)
+    bound, rows = logit_bound(temperature, normalize), 2 * z1.shape[0]
+    if bound is None or isinstance(temperature, Tensor) or not rows or torch.compiler.is_compiling():
+        return None
+    if not _fits(rows, rows, impl) or not _tiles.safe(z1, z2, bound):
+        return None
+    return _dense.KeptViews.apply(z1, z2, temperature**-0.5, _SHORT.get(source, _SHORTEST))  # type: ignore[no-any-return]
 
 
 def logit_bound(temperature: float | Tensor, normalize: bool) -> float | None:

@@ -235,6 +235,7 @@ class TheirLoss(TwoViewLoss):
             "Q --trainer.accelerator warp",
             "trainer.accelerator='warp', trainer.devices=1, trainer.strategy='auto'",
         ),
+        ("fit --resume=", "--resume must name a run folder, got an empty text."),
         ("Q --run_dir=", "run_dir must name a folder, got an empty text."),
         ("fit tiny/quick", "'tiny/quick' is no option; a configuration is named by --config tiny/quick."),
         (
@@ -272,6 +273,9 @@ def test_options_stand_on_top_of_a_configuration_wherever_they_stand(command):
     config = yaml.safe_load(command("fit", *arguments)[1])
     assert config["optimization"]["lr"] == 0.5
     assert config["model"]["init_args"]["loss"]["init_args"]["temperature"] == 0.2
+    arguments = ("--data.batch_size", 3, "--data.size=9", "--data", "TinyData", "--print_config")
+    config = yaml.safe_load(command("fit", *arguments)[1])
+    assert (config["data"]["init_args"]["batch_size"], config["data"]["init_args"]["size"]) == (3, 9)
 
 
 class Killed(Exception):

@@ -18,7 +18,7 @@ from cl_core.training import cli
 from cl_core.training.checkpoints import Terminated
 from cl_core.training.evaluating import Evaluation
 from cl_core.training.fitting import fit
-from cl_core.training.settings import TrainerOptions, settings_of
+from cl_core.training.settings import TrainerOptions, brief, settings_of
 
 CONFIG = """
 model:
@@ -193,6 +193,7 @@ def test_what_a_resume_does_not_take(command, python, ends_at):
         ("metrics.csv", b"", "metrics.csv is truncated or corrupt"),
         ("metrics.json", b"[]", "metrics.json is damaged: it must hold a JSON object, not a list"),
         ("metrics.json", b"{", "metrics.json is not readable JSON"),
+        ("settings.json", b"{}", "settings.json is truncated: it lacks model, data, evaluation, seed"),
         ("settings.json", b"[]", "settings.json is damaged: it must hold a JSON object"),
         ("settings.json", None, "cut cannot be resumed: there is no settings.json in it"),
         ("config.yaml", 200, "config.yaml is truncated: it lacks"),
@@ -247,7 +248,7 @@ def test_settings_say_what_data_of_any_kind_was(tiny):
 
     def stored(rows, scale=2.0):
         data = Anything(torch.zeros(3, 2), len, rows, Holder(scale))
-        return settings_of(tiny.method(), data, {}, processes=2)["data"]["init_args"]
+        return brief(settings_of(tiny.method(), data, {}, processes=2))["data"]["init_args"]
 
     first, second = stored(list(range(1000))), stored([*range(999), -1])
     assert first["table"] == "tensor of shape (3, 2), torch.float32"
@@ -257,6 +258,107 @@ def test_settings_say_what_data_of_any_kind_was(tiny):
     assert first["rows"] != second["rows"]
     assert first["rows"] == stored(list(range(1000)))["rows"]
     assert stored([], scale=float("nan"))["held"] == stored([], scale=float("nan"))["held"]
+
+
+@pytest.fixture
+def listing(tiny, monkeypatch):
+    """Data whose arguments are a long list and a table."""
+
+    class Listing(tiny.TinyData):
+        def __init__(self, rows: list[int], table: dict[str, int] | None = None) -> None:
+            super().__init__()
+            self.rows, self.table = rows, table
+
+    Listing.__module__, Listing.__qualname__ = "tiny", "Listing"
+    monkeypatch.setattr(tiny, "Listing", Listing, raising=False)
+    return Listing
+
+
+def test_long_arguments_are_kept_whole_for_the_command(command, python, ends_at, listing):
+    ends_at(9, lambda: python(run_dir="cut", data=listing(list(range(300)))))
+    assert len(Path("cut/settings.json").read_text()) < 5000
+    with pytest.raises(ValueError, match=r"data.rows was \[0, 1, .* \(SHA-256 .* and is \[0, 1, .* now"):
+        python(resume="cut", data=listing([*range(299), -1]))
+    command("fit", "--resume", "cut")
+
+
+@pytest.mark.parametrize("table", [{"a": 1}, {"a": 1, "b": 2, "c": 3}, {}, None, {"a": 1, "b": 3}])
+def test_a_table_that_gained_or_lost_an_entry_is_another_one(python, ends_at, listing, table):
+    ends_at(9, lambda: python(run_dir="cut", data=listing([], {"a": 1, "b": 2})))
+    with pytest.raises(ValueError, match=r"data.table was {'a': 1, 'b': 2} when cut began"):
+        python(resume="cut", data=listing([], table))
+
+
+def test_what_is_judged_is_found_from_inside_its_run(command, monkeypatch):
+    command("fit", "--config", "config.yaml", "--run_dir", "here")
+    for folder, ckpt in (("here/checkpoints", "last.ckpt"), ("../export", "."), ("..", ".")):
+        monkeypatch.chdir(folder)
+        assert command("test", "--ckpt", ckpt).startswith("test accuracy: kNN")
+
+
+def test_a_place_may_be_written_in_other_ways(python, ends_at):
+    python(run_dir="first")
+    Path("sub").mkdir()
+    ends_at(9, lambda: python(run_dir="cut", init_from="sub/../first"))
+    python(resume="cut", init_from="first")
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_a_gradient_cache_that_cannot_be_is_refused_before_there_is_a_folder(python, tiny, chunk):
+    method = tiny.method()
+    method.encoder.layers[1] = torch.nn.BatchNorm1d(8)
+    said = (
+        "gradient_cache_chunk must be at least 1, got 0"
+        if chunk == 0
+        else "got BatchNorm1d 'encoder.layers.1'"
+    )
+    with pytest.raises(ValueError, match=said):
+        python(method=method, run_dir="here", gradient_cache_chunk=chunk)
+    assert not Path("here").exists()
+
+
+def test_sigterm_after_the_last_step_is_heeded(python, monkeypatch):
+    from cl_core.training.recording import ProgressBar
+
+    def on_train_end(self, trainer, module):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    python(run_dir="whole")
+    with monkeypatch.context() as patched, pytest.raises(Terminated, match="go on with fit --resume cut"):
+        patched.setattr(ProgressBar, "on_train_end", on_train_end)
+        python(run_dir="cut", trainer=TrainerOptions(max_epochs=3, accelerator="cpu", progress_bar=True))
+    assert not Path("cut/export").exists()
+    python(resume="cut")
+    assert_same_results("whole", "cut")
+
+
+TWICE = """
+import importlib.util, sys
+import torch
+spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
+tiny = importlib.util.module_from_spec(spec)
+sys.modules["tiny"] = tiny
+spec.loader.exec_module(tiny)
+from cl_core.training.fitting import fit
+from cl_core.training.settings import TrainerOptions
+
+for seed, where in enumerate(({"run_dir": "first"}, {"run_dir": "second"}, {"name": "third"}, {"name": "third"})):
+    torch.manual_seed(seed)
+    options = TrainerOptions(max_epochs=1, accelerator="cpu", progress_bar=False, devices=2, strategy="ddp")
+    method = tiny.TinyMethod(tiny.TinyEncoder(), tiny.TinyLoss())
+    fit(method, tiny.TinyData(batch_size=4), trainer=options, seed=seed, **where)
+"""
+
+
+@pytest.mark.slow
+def test_one_program_trains_on_two_processes_again_and_again(tiny):
+    Path("twice.py").write_text(TWICE)
+    command = [sys.executable, str(Path("twice.py").absolute()), str(Path(__file__).with_name("conftest.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for seed, folder in enumerate(("first", "second", "runs/third-001", "runs/third-002")):
+        metrics = json.loads(Path(folder, "metrics.json").read_text())
+        assert (metrics["seed"], metrics["finished"]) == (seed, True)
 
 
 CHILD = """

@@ -56,11 +56,12 @@ def compared_views(
     """Check several views; the positives and negatives that :func:`view_terms` has of them, and how they are spread."""
     split = _checked(views, temperature=temperature, group=group, impl=impl)
     wide = [similarity.at_least_float32(view) for view in views]
-    if len(views) == 2 and split.group is None and similarity.fuses(wide[0], temperature, normalize, impl):
-        source = views[0].dtype
-        positives, log_negatives = similarity.two_view_terms(*wide, temperature=temperature, source=source)
-        return positives[None], log_negatives, split
-    terms = _prepared(views, split, temperature=temperature, normalize=normalize, impl=impl)
+    options = {"temperature": temperature, "normalize": normalize, "impl": impl, "source": views[0].dtype}
+    if len(views) == 2 and split.group is None:
+        kept = similarity._two_view_terms(*wide, **options)  # type: ignore[arg-type]
+        if kept is not None:
+            return kept[0][None], kept[1], split
+    terms = _prepared(wide, split, **options)  # type: ignore[arg-type]
     return terms.positives(), terms.log_negatives(), split
 
 
@@ -77,7 +78,9 @@ def view_terms(
         impl: "dense", "tiled" or "auto".
     """
     split = _checked(views, temperature=temperature, group=group, impl=impl)
-    return _prepared(views, split, temperature=temperature, normalize=normalize, impl=impl)
+    wide = [similarity.at_least_float32(view) for view in views]
+    source = views[0].dtype
+    return _prepared(wide, split, temperature=temperature, normalize=normalize, impl=impl, source=source)
 
 
 def _checked(views: Sequence[Tensor], *, temperature: float | Tensor, group: Group, impl: Impl) -> Shard:
@@ -89,15 +92,20 @@ def _checked(views: Sequence[Tensor], *, temperature: float | Tensor, group: Gro
 
 
 def _prepared(
-    views: Sequence[Tensor], split: Shard, *, temperature: float | Tensor, normalize: bool, impl: Impl
+    views: Sequence[Tensor],
+    split: Shard,
+    *,
+    temperature: float | Tensor,
+    normalize: bool,
+    impl: Impl,
+    source: torch.dtype,
 ) -> ViewTerms:
     # Side by side, so that what an anchor must not meet is one block on the diagonal.
-    side_by_side = torch.stack([similarity.at_least_float32(view) for view in views], 1)
     rows = similarity.scaled_rows(
-        side_by_side.view(-1, views[0].shape[1]),
+        torch.stack(list(views), 1).view(-1, views[0].shape[1]),
         scale=root_scale(temperature),
         normalize=normalize,
-        source=views[0].dtype,
+        source=source,
     )
     return ViewTerms(rows, len(views), split, similarity.logit_bound(temperature, normalize), impl)
 

@@ -53,12 +53,12 @@ class _ByAnchor(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, columns: Tensor, parts: list[slice], function: OnTile) -> Terms:
         ctx.parts, ctx.function = parts, function
         ctx.save_for_backward(rows, columns)
-        result = rows.new_empty(len(rows), 0)
-        for part in parts:
-            terms = function(rows[part], columns, part)
-            if part.start == 0:  # see cl_core._rows.Collected
-                result = rows.new_empty(len(rows), terms.shape[1])
-            result[part] = terms
+        first, *others = parts
+        terms = function(rows[first], columns, first)
+        result = rows.new_empty(len(rows), terms.shape[1])  # at once: see cl_core._rows.Collected
+        result[first] = terms
+        for part in others:
+            result[part] = function(rows[part], columns, part)
         return result
 
     @staticmethod

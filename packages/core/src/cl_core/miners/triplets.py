@@ -67,7 +67,7 @@ def mine_triplets(
 
     Returns:
         The triplets. There can be as many as N P M, P being the positives of an anchor; the memory beyond
-        them is that of a tile.
+        them is up to twice theirs and that of a tile.
 
     Raises:
         ValueError: if labels do not fit z, or an argument is out of range.
@@ -86,22 +86,18 @@ def mine_triplets(
     for part, positive, negative in comparison.each():
         distance = comparison.distances(part)
         anchor, chosen = positive.nonzero(as_tuple=True)
-        drawn = torch.empty(3, 0, dtype=torch.int64, device=z.device)
-        keys = torch.empty(0, device=z.device)
+        drawn, keys = torch.empty(3, 0, dtype=torch.int64, device=z.device), torch.empty(0, device=z.device)
         for pairs in tiles(len(anchor), max(1, _CHUNK // negative.shape[1])):
             a, p = anchor[pairs], chosen[pairs]
             gap = distance[a] - distance[a, p][:, None]
             of_kind = negative[a] & _of_kind(gap, kind, margin)
             if max_per_anchor is None:
                 row, n = of_kind.nonzero(as_tuple=True)
+                found.add(part.start + a[row], p[row], n)
             else:
                 row, n, key = _draw(of_kind, max_per_anchor, generator)
-            triplets = torch.stack([part.start + a[row], p[row], n])
-            if max_per_anchor is None:
-                found.add(*triplets)
-                continue
-            together = torch.cat([drawn, triplets], dim=1), torch.cat([keys, key])
-            drawn, keys = _at_most(*together, max_per_anchor)
+                together = torch.cat([drawn, torch.stack([part.start + a[row], p[row], n])], 1)
+                drawn, keys = _at_most(together, torch.cat([keys, key]), max_per_anchor)
         found.add(*drawn)
     return Triplets(*found.vectors())
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cl_core.gradient_cache import Portions, method_gradient_cache
+from cl_core import _checks
+from cl_core.gradient_cache import Portions, check_rows_are_alone, method_gradient_cache
 from cl_core.method import Method, Progress
 from cl_core.training.data import Data
 from cl_core.training.loader import TrainLoader
@@ -68,6 +69,9 @@ class LitMethod(pl.LightningModule):
         self.named_optimizers = self.optimization.build(method)
         plain = len(self.named_optimizers) == 1 and not self.own_update
         self.automatic_optimization = plain and gradient_cache_chunk is None
+        if gradient_cache_chunk is not None:
+            _checks.count("gradient_cache_chunk", gradient_cache_chunk)
+            check_rows_are_alone(method)
         if self.own_update and gradient_cache_chunk is not None:
             raise ValueError(
                 f"{type(method).__name__} makes its own updates, so it cannot use a gradient cache."

@@ -24,7 +24,7 @@ from cl_core.training.fitting import FitResult, fit, weights_of
 from cl_core.training.optimization import Optimization
 from cl_core.training.parsing import Parser
 from cl_core.training.run import RunFolder
-from cl_core.training.settings import Monitoring, TrainerOptions, changes, data_settings
+from cl_core.training.settings import Monitoring, TrainerOptions, brief, changes, data_settings
 
 _NOT_KEPT = ("config", "resume", "run_dir", "debug", "print_config")
 
@@ -87,6 +87,8 @@ def fit_from(domain: Domain, args: list[str]) -> FitResult:
     add("--gradient_cache_chunk", type=int | None, default=None, help="rows encoded at a time; default all")
     add("--debug", action="store_true", help="show where an error came from")
     resume, rest = _without_option(args, "--resume")
+    if resume == "":
+        raise ValueError("--resume must name a run folder, got an empty text.")
     if resume is not None:
         config = parser.parse_over(RunFolder.existing(resume).read_config(), rest)
     elif (source := _without_option(args, "--init_from")[0]) and not _names(args, "--config", "--model"):
@@ -246,7 +248,7 @@ def _other(run: RunFolder, result: Path | None, built: Any) -> str:
     if result is None or run.result is None or result.resolve() != run.result.resolve():
         return f"{result} is not what {run.path} has come to"
     began = run.read_settings()
-    now = data_settings(built.data, evaluation=built.evaluation)
+    now = brief(data_settings(built.data, evaluation=built.evaluation))
     try:
         changes({name: began[name] for name in now}, now, run=run.path)
     except ValueError as error:

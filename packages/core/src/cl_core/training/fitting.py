@@ -51,6 +51,7 @@ from cl_core.training.settings import (
     Monitoring,
     TrainerOptions,
     as_configuration,
+    brief,
     changes,
     placed,
     settings_of,
@@ -145,7 +146,7 @@ class _Task:
             {name: getattr(self, name) for name in names},
             processes=processes,
             seed=self.seed,
-            init_from=None if self.init_from is None else self.init_from.absolute(),
+            init_from=None if self.init_from is None else self.init_from.resolve(),
             gradient_cache_chunk=self.gradient_cache_chunk,
         )
 
@@ -199,7 +200,7 @@ def fit(
         :class:`FitResult`.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C or SIGTERM; the last checkpoint is there to resume from.
+        KeyboardInterrupt: after Ctrl-C, or SIGTERM while training; what was saved is there to resume from.
         ValueError: for data, settings, checkpoints or weights that do not fit.
         OSError: in one sentence, if the run folder cannot be written or another process trains in it.
     """
@@ -235,6 +236,7 @@ def fit(
         processes = _trainer(task.trainer, lit).world_size
     settings = task.settings(processes=processes) | {"weights": GIVEN if config is None else DRAWN}
     asked = as_configuration(settings) if config is None else placed(yaml.safe_load(config))
+    settings = brief(settings)
     run = None if resume is None else RunFolder.existing(resume)
     if has_labels(data):  # reads them
         task = replace(task, judged=task.evaluation)
@@ -267,7 +269,11 @@ def _fit_in(
     """Train and evaluate in a run folder, new or resumed."""
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     pl.seed_everything(task.seed + rank, verbose=False)  # processes draw different dropout masks
-    with run.locked() if rank == 0 else contextlib.nullcontext(), _interruption_explained(run):
+    with (
+        run.locked() if rank == 0 else contextlib.nullcontext(),
+        run.announced(),
+        _interruption_explained(run),
+    ):
         resumed = run.config.is_file()
         restore = run.snapshot()
         if rank == 0:
@@ -487,10 +493,12 @@ def _interruptible(saver: Checkpoints, *, single: bool) -> Iterator[None]:
         # Several processes would stop at different batches and wait for each other while saving.
         with saver.graceful() if single else contextlib.nullcontext():
             yield
+        if saver.interrupted is None:
+            return
     except SystemExit:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, handler)
-        raise (Terminated if saver.interrupted == signal.SIGTERM else KeyboardInterrupt) from None
+    raise (Terminated if saver.interrupted == signal.SIGTERM else KeyboardInterrupt) from None
 
 
 @contextlib.contextmanager

@@ -99,18 +99,21 @@ class Parser:
         return self._parse([f"--config={yaml.safe_dump(config)}", *self._resolved(args)])
 
     def _resolved(self, args: Sequence[str]) -> list[str]:
-        """The arguments with configurations first: an option beside one is meant to be on top of it."""
-        configs: list[str] = []
-        rest: list[str] = []
-        given = iter(args)
-        for arg in given:
-            if arg == "--config":
-                configs.append(f"--config={self._config(next(given, ''))}")
-            elif arg.startswith("--config="):
-                configs.append(f"--config={self._config(arg.partition('=')[2])}")
+        """The arguments, what others stand on top of first: configurations, then classes, then their arguments."""
+        groups: list[list[str]] = []
+        for arg in args:
+            if arg.startswith("--") or not groups:
+                groups.append([arg])
             else:
-                rest.append(arg)
-        return configs + rest
+                groups[-1].append(arg)
+        ordered = sorted(groups, key=lambda group: -1 if _is_config(group) else _name(group).count("."))
+        resolved: list[str] = []
+        for group in ordered:
+            if _is_config(group):
+                value, *rest = [group[0].partition("=")[2]] * ("=" in group[0]) + group[1:] or [""]
+                group = [f"--config={self._config(value)}", *rest]
+            resolved += group
+        return resolved
 
     def _config(self, name: str) -> str:
         """The file of a configuration, or the parts of its text that this command has."""
@@ -219,6 +222,15 @@ class Parser:
                 if (child.__module__, child.__qualname__) == (module, name):
                     return child
         return getattr(import_module(module), name, None)
+
+
+def _name(group: Sequence[str]) -> str:
+    """The option that a group of arguments begins with."""
+    return group[0].partition("=")[0]
+
+
+def _is_config(group: Sequence[str]) -> bool:
+    return _name(group) == "--config"
 
 
 def _class_paths(config: Any) -> Iterator[str]:

@@ -185,7 +185,7 @@ def _run_cell(domain: Domain, cell: Cell, seed: int, folder: Path) -> None:
     run = RunFolder(folder / cell.folder(seed))
     asked = run.path / "cell.json"
     plan = {"arguments": cell.arguments(seed)}
-    if run.config.is_file() and asked.is_file() and read_json(asked) != plan:
+    if run.config.is_file() and (not asked.is_file() or read_json(asked) != plan):
         raise ValueError(f"{run.path} holds a run of other settings: choose another --output.")
     write_atomically(asked, to_json(plan))
     if run.finished:

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 
@@ -22,6 +23,17 @@ from cl_core.training.files import make_folder, read_json, to_json, write_atomic
 
 _CHILD = "CL_RUN_DIR"
 """Environment variable by which the processes that Lightning starts learn the folder of the first one."""
+
+
+_ALWAYS = (
+    "model",
+    "data",
+    "evaluation",
+    "seed",
+    "processes",
+    "global_batch_size",
+    "weights",
+)  # in settings.json
 
 
 class RunFolder:
@@ -55,7 +67,7 @@ class RunFolder:
             OSError: in one sentence, if the folder cannot be made.
         """
         if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process makes it
-            return cls(os.environ.get(_CHILD) or run_dir or "runs")
+            return cls(run_dir or os.environ.get(_CHILD) or _told(None) or "runs")
         if run_dir is not None:
             run = cls(make_folder(run_dir))
             if run.config.exists():
@@ -64,7 +76,7 @@ class RunFolder:
                 )
         else:
             run = cls(_first_free(make_folder("runs"), re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"))
-        os.environ[_CHILD] = str(run.path.resolve())
+            _told(str(run.path.resolve()))
         return run
 
     @classmethod
@@ -77,8 +89,17 @@ class RunFolder:
         run = cls(path)
         if not run.config.is_file():
             raise FileNotFoundError(f"{path} is not a run: there is no config.yaml in it.")
-        os.environ[_CHILD] = str(run.path.resolve())
         return run
+
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """Tell the processes that Lightning starts meanwhile, which know the arguments only, where the run is."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.environ[_CHILD] = str(self.path.resolve())
+        try:
+            yield
+        finally:
+            os.environ.pop(_CHILD, None)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -118,7 +139,10 @@ class RunFolder:
         """
         if not self.settings.is_file():
             raise FileNotFoundError(f"{self.path} cannot be resumed: there is no {self.settings.name} in it.")
-        return self._read_object(self.settings)
+        settings = self._read_object(self.settings)
+        if lost := [name for name in _ALWAYS if name not in settings]:
+            raise ValueError(f"{self.settings} is truncated: it lacks {', '.join(lost)}.")
+        return settings
 
     def read_config(self) -> dict[str, Any]:
         """``config.yaml``.
@@ -136,8 +160,6 @@ class RunFolder:
 
     def write_versions(self, package: str) -> None:
         """Write the versions and the device that this run uses."""
-        import torch
-
         names = [package, "cl-core", "lightning", "numpy"]
         versions = {name: _version(name) for name in dict.fromkeys(names)}
         accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -206,11 +228,21 @@ class RunFolder:
     def around(cls, path: str | Path) -> RunFolder | None:
         """The run that a run folder, its export or one of its checkpoints belongs to."""
         path = Path(path)
-        for folder in (path, path.parent, path.parent.parent):
+        whole = path.absolute()  # where a relative path ends above the working directory
+        for folder in (path, path.parent, path.parent.parent, whole.parent, whole.parent.parent):
             run = cls(folder)
             if run.config.is_file() and run.settings.is_file():
                 return run
         return None
+
+
+def _told(path: str | None) -> str | None:
+    """What the first process says, to those of an earlier training in this program; None before there were any."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    paths = [path]
+    torch.distributed.broadcast_object_list(paths, src=0)
+    return paths[0]
 
 
 def _first_free(parent: Path, name: str) -> Path:

@@ -158,6 +158,16 @@ def as_configuration(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in derived}
 
 
+def brief(settings: Any) -> Any:
+    """Settings whose long lists and texts are cut to their beginning and digest, enough to see if they are others."""
+    if isinstance(settings, Mapping):
+        return {name: brief(value) for name, value in settings.items()}
+    shown = settings if isinstance(settings, str) else repr(settings)
+    if len(shown) <= _SHOWN:
+        return settings
+    return f"{shown[:_SHOWN]}... (SHA-256 {hashlib.sha256(shown.encode()).hexdigest()})"
+
+
 def placed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration whose files and folders are found from any working directory."""
     config = dict(config)
@@ -204,12 +214,20 @@ def with_changes(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> dic
 
 
 def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        for name in before:
-            if name in after:
-                yield from _differences(_joined(path, name), before[name], after[name])
-    elif before != after or (path in _KIND_COUNTS and type(before) is not type(after)):
-        yield path, before, after
+    """Of two configurations, groups of settings or described objects: what both name and is not the same."""
+    for name in before:
+        if name not in after:
+            continue
+        inner, one, other = _joined(path, name), before[name], after[name]
+        group = not path and isinstance(one, Mapping) and isinstance(other, Mapping)
+        if group or name == "init_args" or (_is_object(one) and _is_object(other)):
+            yield from _differences(inner, one, other)
+        elif one != other or (inner in _KIND_COUNTS and type(one) is not type(other)):
+            yield inner, one, other
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping) and "class_path" in value
 
 
 def _updated(path: str, value: Any, changed: Mapping[str, Any]) -> Any:
@@ -233,9 +251,9 @@ def _described_data(data: Data) -> dict[str, Any]:
     for name in inspect.signature(kind).parameters:
         value = getattr(data, name, None)
         try:
-            arguments[name] = _brief(as_config(describe(value, name=name)))
+            arguments[name] = as_config(describe(value, name=name))
         except TypeError:  # nothing that can be written down, such as a function: then it counts which
-            arguments[name] = _brief(_label(value))
+            arguments[name] = _label(value)
     if isinstance(arguments.get("root"), str):
         arguments["root"] = _absolute(arguments["root"])
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
@@ -251,13 +269,5 @@ def _label(value: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}" if re.search(r" at 0x[0-9a-f]+", shown) else shown
 
 
-def _brief(value: Any) -> Any:
-    """A value, or if it is long its beginning and its digest, enough to see whether it is another one."""
-    shown = value if isinstance(value, str) else repr(value)
-    if len(shown) <= _SHOWN or isinstance(value, dict):
-        return value
-    return f"{shown[:_SHOWN]}... (SHA-256 {hashlib.sha256(shown.encode()).hexdigest()})"
-
-
 def _absolute(place: str) -> str:
-    return str(Path(place).expanduser().absolute())
+    return str(Path(place).expanduser().resolve())
