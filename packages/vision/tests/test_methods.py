@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from cl_core import plugins
-from cl_core.losses import DCLLoss
+from cl_core.losses import DCLLoss, InfoNCELoss
 from cl_core.testing import method_checks
 from cl_core.testing.methods import CHECKS, BareTraining, Case
 from cl_core.training import LitMethod, Optimization
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
-from cl_vision.methods import SimCLR
+from cl_vision.methods import NNCLR, MoCo, MoCoV3, SimCLR
 from cl_vision.projectors import MLPProjector
 
 # {method: {check: reason}}: the one place where a method may be excused from a check.
@@ -32,8 +32,29 @@ def simclr():
     return SimCLR(SmallConvNet(4, in_channels=1), DCLLoss(temperature=0.2), MLPProjector(out_dim=16))
 
 
+def moco():
+    return MoCo(
+        SmallConvNet(4, in_channels=1), InfoNCELoss(0.2), MLPProjector(out_dim=16, norm="none"), 32, 0.9
+    )
+
+
+def moco_v3():
+    head, predictor = (MLPProjector(hidden_dim=24, out_dim=16) for _ in range(2))
+    return MoCoV3(SmallConvNet(4, in_channels=1), InfoNCELoss(0.2), head, predictor, momentum=0.9)
+
+
+def nnclr():
+    head, predictor = (MLPProjector(hidden_dim=24, out_dim=16) for _ in range(2))
+    return NNCLR(SmallConvNet(4, in_channels=1), InfoNCELoss(0.2), head, predictor, support_size=32)
+
+
 # A tiny instance of every registered method, and its loss after two steps of the battery's training.
-TINY = {"SimCLR": (simclr, -0.6033516)}
+TINY = {
+    "MoCo": (moco, 2.276033),
+    "MoCoV3": (moco_v3, 1.87662),
+    "NNCLR": (nnclr, 2.700348),
+    "SimCLR": (simclr, -0.6033516),
+}
 
 
 def batches(count=2, rows=12):

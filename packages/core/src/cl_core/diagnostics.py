@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cl_core import _checks, _rows, similarity
-from cl_core.losses._common import view_terms
+from cl_core.losses._common import compared_views, queue_terms
 
 _BINS = 64
 _FINE_BINS = 64 * _BINS  # quantiles are read off these: to 1/4096 of the range [-1, 1]
@@ -248,7 +248,12 @@ def _summary(fine: Tensor, total: Tensor, squares: Tensor, levels: Sequence[floa
 
 
 def npc_factor(
-    z1: Tensor, z2: Tensor, *, temperature: float = 0.1, reduction: Literal["mean", "none"] = "mean"
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    temperature: float = 0.1,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     r"""The factor q that InfoNCE's gradient is multiplied by and that the decoupled loss removes.
 
@@ -262,11 +267,12 @@ def npc_factor(
     Args:
         z1: embeddings of view 1, shape (N, D).
         z2: embeddings of view 2, shape (N, D).
+        negatives: a queue of shape (K, D): then the rows of z1 alone are anchors, and U_i sums over the queue.
         temperature: T > 0.
-        reduction: "mean" over the 2N anchors, or "none" for shape (2N,), view 1 first.
+        reduction: "mean" over the 2N anchors (with a queue N), or "none" for one value an anchor, view 1 first.
 
     Returns:
-        Scalar or shape (2N,), without gradient, in [0, 1]; 0 for a batch of one.
+        Scalar or a vector, without gradient, in [0, 1]; 0 for a batch of one without a queue.
 
     Raises:
         ValueError: if shapes differ, a value is not finite, or T <= 0.
@@ -277,8 +283,13 @@ def npc_factor(
     _checks.choice("reduction", reduction, ("mean", "none"))
     _checks.embeddings("z1", z1)
     with _rows.measuring(z1.device):
-        terms = view_terms((z1, z2), temperature=temperature, normalize=True, group=None, impl="auto")
-        factors = torch.sigmoid(terms.log_negatives() - terms.positives()[0]).t().flatten()
+        options = {"temperature": temperature, "normalize": True, "group": None, "impl": "auto"}
+        if negatives is None:
+            positives, log_negatives, _ = compared_views((z1, z2), **options)  # type: ignore[arg-type]
+        else:
+            terms = queue_terms(z1, z2, negatives, names=("z1", "z2"), **options)  # type: ignore[arg-type]
+            positives, log_negatives = terms.positives[None], terms.log_negatives
+        factors = torch.sigmoid(log_negatives - positives[0]).t().flatten()
         return factors.mean() if reduction == "mean" else factors
 
 

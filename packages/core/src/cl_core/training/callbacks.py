@@ -57,8 +57,9 @@ class KNNMonitor(pl.Callback):
 class Diagnostics(pl.Callback):
     """Health of what the loss sees: alignment, uniformity, effective rank, similarities of pairs.
 
-    Reads the embeddings that the method hands to its ``criterion`` in the last batch of an epoch. A method
-    whose criterion takes neither two views, nor queries and keys, nor labelled rows is not measured.
+    For losses with a temperature also the factor q by which InfoNCE's gradient shrinks (``train/npc_factor``). Reads
+    the embeddings that the method hands to its ``criterion`` in the last batch of an epoch. A method whose criterion
+    takes neither two views, nor queries and keys, nor labelled rows is not measured.
 
     Args:
         folder: where ``similarities.safetensors`` is written, samples of the similarities over training.
@@ -71,6 +72,7 @@ class Diagnostics(pl.Callback):
         self.every_epochs = every_epochs
         self.samples = samples
         self._seen: tuple[Tensor, ...] | None = None
+        self._factor: Tensor | None = None
         self._handle: Any = None
         self._stored: dict[str, Tensor] = {}
 
@@ -110,6 +112,8 @@ class Diagnostics(pl.Callback):
         self._seen = None
         if len(first) < 2:
             return
+        if self._factor is not None:
+            pl_module.report("train/npc_factor", float(self._factor))
         if second.ndim == 2:
             pl_module.report("train/alignment", float(diagnostics.alignment(first, second)))
             scores = diagnostics.score_statistics(first, second)
@@ -125,6 +129,14 @@ class Diagnostics(pl.Callback):
         if len(inputs) >= 2 and all(isinstance(value, Tensor) for value in inputs[:2]):
             first, second = (value.detach() for value in inputs[:2])
             self._seen = (first.float(), second.float() if second.is_floating_point() else second)
+            self._factor = None
+            temperature = getattr(module, "temperature", None)
+            if second.is_floating_point() and temperature is not None:
+                # Now, as a queue has taken in these keys when the epoch ends.
+                queue = inputs[2] if len(inputs) > 2 else None
+                self._factor = diagnostics.npc_factor(
+                    first, second, negatives=queue, temperature=float(temperature)
+                )
 
     def _store(self, step: int, first: Tensor, second: Tensor) -> None:
         for kind, values in sampled_similarities(first, second, self.samples).items():

@@ -5,6 +5,7 @@ A grid is a YAML file in the package, ``configs/reproduce/NAME.yaml``::
     title: What the table shows
     seeds: [0, 1, 2]
     metrics: [knn, linear]
+    numbers: [train/npc_factor]  # of the last epoch, optional
     cells:
       - method: DCL
         setting: digits, batch 32
@@ -71,14 +72,16 @@ class Grid:
     Attributes:
         title: of the table.
         seeds: of every cell.
-        metrics: shown in the table.
+        metrics: accuracies shown in the table.
         cells: its lines.
+        numbers: columns of ``metrics.csv`` whose value in the last epoch is shown too.
     """
 
     title: str
     seeds: tuple[int, ...]
     metrics: tuple[str, ...]
     cells: tuple[Cell, ...]
+    numbers: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Grid:
@@ -94,6 +97,7 @@ class Grid:
                 seeds=tuple(int(seed) for seed in content["seeds"]),
                 metrics=tuple(content.get("metrics", ("knn", "linear"))),
                 cells=tuple(Cell(**cell) for cell in content["cells"]),
+                numbers=tuple(content.get("numbers", ())),
             )
             for name in ("seeds", "metrics", "cells"):
                 if not getattr(grid, name):
@@ -164,6 +168,7 @@ def markdown(grid: Grid, results: Sequence[Mapping[str, Any]]) -> str:
     head = ["method", "setting", "seeds"]
     for metric in grid.metrics:
         head += [metric, f"{metric}, untrained", f"{metric}, raw", f"{metric}, published"]
+    head += grid.numbers
     lines = [f"# {grid.title}", "", _line(head), _line(["---"] * len(head))]
     for row in results:
         cells = [row["method"], row["setting"], str(len(row["seeds"]))]
@@ -171,6 +176,7 @@ def markdown(grid: Grid, results: Sequence[Mapping[str, Any]]) -> str:
             cells += [_spread(row[encoder].get(metric)) for encoder in _ENCODERS]
             published = row["published"].get(metric)
             cells.append("none" if published is None else f"{100 * published:.1f}")
+        cells += [_spread(row["numbers"][number], scale=1, digits=3) for number in grid.numbers]
         lines.append(_line(cells))
     lines += ["", "Test accuracy in percent: mean +- standard deviation over the seeds (n - 1)."]
     sources = [
@@ -207,15 +213,17 @@ def _collect(grid: Grid, seeds: Sequence[int], folder: Path) -> list[dict[str, A
             row[encoder] = {
                 metric: [entry[metric] for entry in measured] for metric in grid.metrics if measured
             }
+        last = [metrics["train"] for metrics in found.values()]
+        row["numbers"] = {name: [epoch[name] for epoch in last if name in epoch] for name in grid.numbers}
         results.append({**row, "published": dict(cell.published)})
     return results
 
 
-def _spread(values: Sequence[float] | None) -> str:
+def _spread(values: Sequence[float] | None, *, scale: float = 100, digits: int = 1) -> str:
     if not values:
         return "none"
-    mean = 100 * statistics.fmean(values)
-    return f"{mean:.1f} +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return f"{mean} +- {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -6,10 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cl_vision.methods.moco import MoCo, MoCoV3
+    from cl_vision.methods.nnclr import NNCLR
     from cl_vision.methods.simclr import SimCLR
 
-_HOME = {"SimCLR": "simclr"}
-__all__ = ["SimCLR"]
+_HOME = {"MoCo": "moco", "MoCoV3": "moco", "NNCLR": "nnclr", "SimCLR": "simclr"}
+__all__ = ["NNCLR", "MoCo", "MoCoV3", "SimCLR"]
 
 
 def __getattr__(name: str) -> Any:

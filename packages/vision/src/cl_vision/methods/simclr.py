@@ -10,6 +10,7 @@ from torch import Tensor
 from cl_core.losses import TwoViewLoss
 from cl_core.method import Method
 from cl_vision.encoders import Encoder
+from cl_vision.methods._parts import built, check_parts, check_views
 from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
@@ -35,35 +36,18 @@ class SimCLR(Method):
 
     def __init__(self, encoder: Encoder, loss: TwoViewLoss, projector: Projector | None = None) -> None:
         super().__init__()
-        if not isinstance(encoder, Encoder):
-            raise TypeError(f"encoder must be a cl_vision Encoder, got {type(encoder).__name__}.")
-        if not isinstance(loss, TwoViewLoss):
-            raise TypeError(f"loss must be a TwoViewLoss, called with (z1, z2), got {type(loss).__name__}.")
-        projector = MLPProjector(encoder.dim) if projector is None else projector
-        if projector.in_dim is None:
-            projector.build(encoder.dim)
-        if projector.in_dim != encoder.dim:
-            raise ValueError(
-                f"projector.in_dim must equal the encoder's dim, got {projector.in_dim} and {encoder.dim}."
-            )
-        self.encoder, self.criterion, self.projector = encoder, loss, projector
+        check_parts(encoder, loss, TwoViewLoss, "(z1, z2)")
+        self.encoder, self.criterion = encoder, loss
+        self.projector = built("projector", projector or MLPProjector(), encoder.dim, "the encoder's dim")
 
     def loss(self, batch: Views) -> Tensor:
         """Loss of two views, or of more where the criterion takes a sequence of them; a scalar."""
+        check_views(self, batch)
         views = len(batch.views)
-        if views < 2:
-            raise ValueError(
-                f"SimCLR compares views, so a batch needs at least 2 of them, got {views}: pass --data.num_views 2."
-            )
         if views > 2 and not _takes_a_sequence(self.criterion):
             raise ValueError(
                 f"{type(self.criterion).__name__} compares 2 views, got {views}: pass --data.num_views 2, or a loss "
                 "that takes more, such as NTXentLoss."
-            )
-        if len(batch.views[0]) < 2 and getattr(self.criterion, "group", None) is None:
-            raise ValueError(
-                f"SimCLR compares images, so a batch needs at least 2 of them, got {len(batch.views[0])}: pass "
-                "--data.batch_size 2 or more."
             )
         projections = [self.project(view) for view in batch.views]
         if views == 2:
