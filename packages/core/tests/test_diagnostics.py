@@ -16,6 +16,7 @@ from cl_core.diagnostics import (
     score_statistics,
     uniformity,
 )
+from cl_core.functional import info_nce_loss
 
 STORED = sorted((Path(__file__).parent / "parity" / "dcl").glob("infonce_*.npz"))
 
@@ -202,3 +203,15 @@ def test_collapse_warning_speaks_only_when_there_is_reason(seed):
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_npc_factor_over_a_queue_is_that_of_infonce(rows):
+    generator = torch.Generator().manual_seed(0)
+    query, key, queue = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (rows, rows, 9))
+    each = info_nce_loss(query, key, queue, temperature=0.3, reduction="none")
+    factors = npc_factor(query, key, negatives=queue, temperature=0.3, reduction="none")
+    torch.testing.assert_close(factors, -torch.expm1(-each))
+    torch.testing.assert_close(
+        npc_factor(query, key, negatives=queue.float(), temperature=0.3), factors.mean(), atol=1e-6, rtol=0
+    )

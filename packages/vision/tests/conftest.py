@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -53,3 +55,22 @@ def write_image():
         return path
 
     return write
+
+
+def jpeg(pixels):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="JPEG", quality=95)
+    return np.frombuffer(stream.getvalue(), dtype=np.uint8)
+
+
+@pytest.fixture
+def packed():
+    """Arrays of a packed set of 40 and 20 plain images, with the colour telling the class."""
+    arrays = {"class_names": np.array([f"class {label}" for label in range(10)])}
+    for split, number in (("train", 40), ("test", 20)):
+        labels = (np.arange(number) % 10).astype(np.uint8)
+        streams = [jpeg(np.full((32, 32, 3), 20 * label, dtype=np.uint8)) for label in labels]
+        arrays[f"{split}_jpeg"] = np.concatenate(streams)
+        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, streams)])
+        arrays[f"{split}_labels"] = labels
+    return arrays

@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import io
 import os
 import pickle
 from pathlib import Path
@@ -363,25 +362,6 @@ def test_stl10_trains_on_unlabelled_images_and_evaluates_labelled_ones(tmp_path,
 
 
 # Packed CIFAR-10
-
-
-def jpeg(pixels):
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="JPEG", quality=95)
-    return np.frombuffer(stream.getvalue(), dtype=np.uint8)
-
-
-@pytest.fixture
-def packed():
-    """Arrays of a packed set of 40 and 20 plain images, with the colour telling the class."""
-    arrays = {"class_names": np.array([f"class {label}" for label in range(10)])}
-    for split, number in (("train", 40), ("test", 20)):
-        labels = (np.arange(number) % 10).astype(np.uint8)
-        streams = [jpeg(np.full((32, 32, 3), 20 * label, dtype=np.uint8)) for label in labels]
-        arrays[f"{split}_jpeg"] = np.concatenate(streams)
-        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, streams)])
-        arrays[f"{split}_labels"] = labels
-    return arrays
 
 
 @pytest.mark.parametrize("place", ["cifar10_jpeg.npz", "cifar10-jpeg/cifar10_jpeg.npz"])

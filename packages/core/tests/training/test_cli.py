@@ -29,6 +29,7 @@ evaluation: {neighbours: [5], regularizations: [0.01]}
 GRID = """
 title: A grid
 seeds: [0, 1]
+numbers: [train/loss]
 cells:
   - {method: A, setting: wide, config: tiny/quick, published: {knn: 0.5, source: "Someone, Somewhere"}}
   - {method: B, setting: narrow, config: tiny/quick, overrides: {model.encoder.width: 4}}
@@ -496,6 +497,8 @@ def test_reproduce_writes_a_table_and_goes_on_where_it_was_cut(command, tiny, mo
     knn = torch.tensor(results[0]["trained"]["knn"], dtype=torch.float64)
     assert f"| A | wide | 2 | {100 * knn.mean():.1f} +- {100 * knn.std():.1f} |" in out
     assert "| 50.0 |" in out
+    losses = torch.tensor(results[0]["numbers"]["train/loss"], dtype=torch.float64)
+    assert f"| {losses.mean():.3f} +- {losses.std():.3f} |" in out
     assert "Published, A: Someone, Somewhere." in Path("out/results.md").read_text()
     config = yaml.safe_load(Path("out/b-narrow-seed1/config.yaml").read_text())
     assert config["model"]["init_args"]["encoder"]["init_args"]["width"] == 4

@@ -84,6 +84,23 @@ def test_a_run_writes_its_folder(tiny):
     same(artifacts.load_export(folder / "export").state_dict(), result.method.state_dict())
 
 
+def test_losses_with_a_temperature_report_their_coupling(tiny):
+    from cl_core.diagnostics import npc_factor
+
+    seen = []
+
+    class Loss(tiny.TinyLoss):
+        def forward(self, z1, z2):
+            seen.append((z1.detach().clone(), z2.detach().clone()))
+            return super().forward(z1, z2)
+
+    Loss.__module__, Loss.__qualname__ = "tiny", "Loss"
+    result = run(tiny, method=tiny.TinyMethod(tiny.TinyEncoder(), Loss(0.5)), epochs=1)
+    assert result.table[-1]["train/npc_factor"] == pytest.approx(
+        float(npc_factor(*seen[-1], temperature=0.5))
+    )
+
+
 def test_training_lowers_the_loss(tiny):
     result = run(tiny, epochs=12, optimization=Optimization(lr=0.01), method=tiny.method(dropout=0.0))
     assert result.table[-1]["train/loss"] < result.table[0]["train/loss"] - 0.1
