@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -217,39 +218,24 @@ def test_resume_refuses_other_data(tiny):
     assert Path("cut/config.yaml").read_bytes() == before
 
 
-CHILD = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
-tiny = importlib.util.module_from_spec(spec)
-sys.modules["tiny"] = tiny
-spec.loader.exec_module(tiny)
-import os, signal, torch
-from cl_core.training.checkpoints import Checkpointing
-from cl_core.training.evaluating import Evaluation
-from cl_core.training.fitting import fit, weights_of
-from cl_core.training.settings import TrainerOptions
+def test_resume_after_sigkill_in_the_middle_of_an_epoch(tiny, monkeypatch):
+    def after_step(self, progress):
+        if progress.step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def after_step(self, progress):
-    if progress.step == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-tiny.TinyMethod.after_step = after_step
-torch.manual_seed(0)
-fit(
-    tiny.TinyMethod(tiny.TinyEncoder(), tiny.TinyLoss()),
-    tiny.TinyData(),
-    trainer=TrainerOptions(max_epochs=3, accelerator="cpu", progress_bar=False),
-    checkpoint=Checkpointing(every_steps=2),
-    evaluation=Evaluation(neighbours=(5,), regularizations=(1e-2,)),
-    run_dir="cut",
-)
-"""
-
-
-def test_resume_after_sigkill_in_the_middle_of_an_epoch(tiny):
-    conftest = Path(__file__).with_name("conftest.py")
-    done = subprocess.run([sys.executable, "-c", CHILD, str(conftest)], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of a fork beside threads, as a loader's workers are
+        child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        monkeypatch.setattr(tiny.TinyMethod, "after_step", after_step)
+        try:
+            run(tiny, run_dir="cut", checkpoint=Checkpointing(every_steps=2))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     cut = run(tiny, resume="cut", checkpoint=Checkpointing(every_steps=2))
     whole = run(tiny)
     same(whole.method.state_dict(), cut.method.state_dict())
@@ -510,8 +496,8 @@ def test_one_process_trains_in_a_folder(tiny):
     with pytest.raises(Killed):
         run(tiny, run_dir="cut", kill_at=7)
     code = (
-        "import sys, time; from cl_core.training.run import RunFolder\n"
-        "with RunFolder('cut').locked(): print('held', flush=True); time.sleep(60)"
+        "import time; from filelock import FileLock\n"
+        "with FileLock('cut/.lock'): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
