@@ -300,7 +300,7 @@ def test_a_place_may_be_written_in_other_ways(python, ends_at):
     python(run_dir="first")
     Path("sub").mkdir()
     ends_at(9, lambda: python(run_dir="cut", init_from="sub/../first"))
-    python(resume="cut", init_from="first")
+    assert python(resume="cut", init_from="first").metrics["finished"]
 
 
 @pytest.mark.parametrize("chunk", [0, 16])

@@ -9,7 +9,7 @@ from torch import Tensor
 from cl_core.losses import ContrastiveLoss
 from cl_core.method import Method
 from cl_vision.encoders import Encoder
-from cl_vision.projectors import Projector
+from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
     from cl_vision.data import Views
@@ -34,6 +34,20 @@ def built(name: str, head: Projector, in_dim: int, of: str) -> Projector:
     if head.in_dim != in_dim:
         raise ValueError(f"{name}.in_dim must equal {of}, got {head.in_dim} and {in_dim}.")
     return head
+
+
+def with_predictor(
+    encoder: Encoder, projector: Projector, predictor: Projector | None
+) -> tuple[Projector, Projector]:
+    """A projector for an encoder, and a predictor of its projections; None for two layers of 4096."""
+    projector = built("projector", projector, encoder.dim, "the encoder's dim")
+    predictor = predictor or MLPProjector(hidden_dim=4096, out_dim=projector.out_dim)
+    predictor = built("predictor", predictor, projector.out_dim, "the projector's out_dim")
+    if predictor.out_dim != projector.out_dim:
+        raise ValueError(
+            f"predictor.out_dim must equal the projector's, got {predictor.out_dim} and {projector.out_dim}."
+        )
+    return projector, predictor
 
 
 def two_views(method: Method, batch: Views) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from cl_core.memory import FeatureQueue
 from cl_core.method import Method, Progress
 from cl_core.momentum import ExponentialMovingAverage, cosine_momentum
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_parts, two_views
+from cl_vision.methods._parts import built, check_parts, two_views, with_predictor
 from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
@@ -151,13 +151,7 @@ class MoCoV3(Method):
         _checks.choice("schedule", schedule, ("cosine", "constant"))
         self.encoder, self.criterion = encoder, loss
         projector = projector or MLPProjector(hidden_dim=4096, out_dim=256, layers=3)
-        self.projector = built("projector", projector, encoder.dim, "the encoder's dim")
-        predictor = predictor or MLPProjector(hidden_dim=4096, out_dim=projector.out_dim)
-        self.predictor = built("predictor", predictor, projector.out_dim, "the projector's out_dim")
-        if self.predictor.out_dim != self.projector.out_dim:
-            raise ValueError(
-                f"predictor.out_dim must equal the projector's, got {predictor.out_dim} and {projector.out_dim}."
-            )
+        self.projector, self.predictor = with_predictor(encoder, projector, predictor)
         self.momentum, self.schedule = momentum, schedule
         self.key_network = ExponentialMovingAverage(nn.Sequential(self.encoder, self.projector))
 

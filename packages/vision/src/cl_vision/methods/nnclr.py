@@ -11,7 +11,7 @@ from cl_core.losses import QueryKeyLoss
 from cl_core.memory import FeatureQueue
 from cl_core.method import Method
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_parts, two_views
+from cl_vision.methods._parts import check_parts, two_views, with_predictor
 from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
@@ -51,13 +51,7 @@ class NNCLR(Method):
         check_parts(encoder, loss, QueryKeyLoss, "(query, key, negatives)")
         self.encoder, self.criterion, self.support_size = encoder, loss, support_size
         projector = projector or MLPProjector(hidden_dim=2048, out_dim=256, layers=3)
-        self.projector = built("projector", projector, encoder.dim, "the encoder's dim")
-        predictor = predictor or MLPProjector(hidden_dim=4096, out_dim=projector.out_dim)
-        self.predictor = built("predictor", predictor, projector.out_dim, "the projector's out_dim")
-        if self.predictor.out_dim != self.projector.out_dim:
-            raise ValueError(
-                f"predictor.out_dim must equal the projector's, got {predictor.out_dim} and {projector.out_dim}."
-            )
+        self.projector, self.predictor = with_predictor(encoder, projector, predictor)
         self.support = FeatureQueue(support_size, self.projector.out_dim)
         self.support.enqueue(torch.randn(support_size, self.projector.out_dim))
 
