@@ -26,7 +26,8 @@ from cl_core._types import Impl
 
 # Up to this many entries the matrix is kept: faster, second derivatives, and no more than 16 MB in float32.
 _DENSE_ENTRIES = 2048 * 2048
-# Rows shorter than this are multiplied by its inverse, which bounds their gradient: in float16 by what it can hold.
+# Rows shorter than this are multiplied by its inverse, which bounds their gradient. In float16 that is 2^14 times the
+# one that comes in, divided by the temperature: at small temperatures a zero row's still overflows.
 _SHORT = {torch.float16: 2.0**-14}
 _SHORTEST = 1e-12
 

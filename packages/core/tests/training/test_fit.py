@@ -19,6 +19,7 @@ from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.evaluating import Evaluation, evaluate
 from cl_core.training.fitting import fit, weights_of
 from cl_core.training.optimization import Optimization
+from cl_core.training.run import RunFolder
 from cl_core.training.settings import Monitoring, TrainerOptions
 
 CPU = {"accelerator": "cpu", "progress_bar": False}
@@ -280,6 +281,19 @@ def test_the_second_ctrl_c_interrupts_at_once_and_keeps_the_last_checkpoint(tiny
     resumed = run(tiny, resume="cut")
     assert resumed.method.calls[1][1].step == 5
     same(run(tiny).method.state_dict(), resumed.method.state_dict())
+
+
+def test_one_process_of_many_trains_alone(tiny, monkeypatch):
+    """It must not wait for the others of a program that has joined them for something else."""
+
+    def broadcast(*_, **__):
+        raise AssertionError("waits for other processes")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    assert RunFolder.create("alone").path == Path("runs/alone-001")
+    with pytest.raises(AssertionError, match="waits for other"):
+        RunFolder.create("together", processes=2)
 
 
 def test_training_outside_the_main_thread(tiny):

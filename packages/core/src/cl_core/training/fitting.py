@@ -247,7 +247,8 @@ def fit(
         settings, asked = with_changes(run.read_settings(), changed), with_changes(run.read_config(), changed)
     initial = _initial_weights(task, run)
     name = name or f"{type(method).__name__}-{type(data).__name__}".lower()
-    return _fit_in(run or RunFolder.create(name, run_dir=run_dir), task, lit, asked, settings, initial)
+    run = run or RunFolder.create(name, run_dir=run_dir, processes=processes)
+    return _fit_in(run, task, lit, asked, settings, initial)
 
 
 def _initial_weights(task: _Task, run: RunFolder | None) -> dict[str, Tensor] | None:

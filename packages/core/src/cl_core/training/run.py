@@ -59,15 +59,20 @@ class RunFolder:
         self.figures = self.path / "figures"
 
     @classmethod
-    def create(cls, name: str, *, run_dir: str | Path | None = None) -> RunFolder:
+    def create(cls, name: str, *, run_dir: str | Path | None = None, processes: int = 1) -> RunFolder:
         """Make a new folder: ``run_dir``, else ``runs/<name>-<first free number>``.
+
+        Args:
+            name: stem of the folder.
+            run_dir: the folder itself; None for a numbered one.
+            processes: that train together and need to agree on it.
 
         Raises:
             FileExistsError: if ``run_dir`` already holds a run.
             OSError: in one sentence, if the folder cannot be made.
         """
         if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process makes it
-            return cls(run_dir or os.environ.get(_CHILD) or _told(None) or "runs")
+            return cls(run_dir or os.environ.get(_CHILD) or _told(None, processes) or "runs")
         if run_dir is not None:
             run = cls(make_folder(run_dir))
             if run.config.exists():
@@ -76,7 +81,7 @@ class RunFolder:
                 )
         else:
             run = cls(_first_free(make_folder("runs"), re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"))
-            _told(str(run.path.resolve()))
+            _told(str(run.path.resolve()), processes)
         return run
 
     @classmethod
@@ -236,9 +241,9 @@ class RunFolder:
         return None
 
 
-def _told(path: str | None) -> str | None:
+def _told(path: str | None, processes: int) -> str | None:
     """What the first process says, to those of an earlier training in this program; None before there were any."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if processes == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     paths = [path]
     torch.distributed.broadcast_object_list(paths, src=0)
