@@ -32,6 +32,26 @@ def test_battery(name, check):
         CHECKS[check](LOSSES[name])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("impl", ["dense", "tiled"])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if "impl" in options(loss)])
+def test_every_form_compiles_ahead_of_time(name, impl, dynamic):
+    """Beyond the battery, which traces dense forms no further than their graph, and all with symbols for shapes."""
+    loss = LOSSES[name]
+    module = loss(impl=impl)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (7, 12) if dynamic else (9,):
+        results = []
+        for form in (compiled, module):
+            given = inputs(loss, rows=rows)
+            value = form(*given)
+            wanted = [t for t in given if t.requires_grad]
+            results.append((value.detach(), *torch.autograd.grad(value, wanted)))
+        torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if "group" in options(loss)])
 def test_group_contract(name, world_size, ranks):
