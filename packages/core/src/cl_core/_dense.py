@@ -272,3 +272,56 @@ def _differentiable_gradient(
     wanted = [x for x in inputs if x.requires_grad]
     results = iter(torch.autograd.grad(function(*inputs), wanted, gradients, create_graph=True))
     return tuple(next(results) if x.requires_grad else None for x in inputs)
+
+
+def plain_expected_logits(rows: Tensor, columns: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of a row and the mean of its logits under its softmax, in differentiable operations."""
+    log_sum = plain_log_sum_exp(rows, columns, pairing)
+    logits = logits_of(rows, columns)
+    excluded = pairing.excluded(0, len(rows), 0, len(columns))
+    share = (logits - log_sum.masked_fill(log_sum == -torch.inf, 0)[:, None]).masked_fill(
+        excluded, -torch.inf
+    )
+    return log_sum, (share.exp() * logits).sum(1)
+
+
+class KeptExpected(torch.autograd.Function):
+    """Small case of :func:`plain_expected_logits`: keeps the softmax and its derivative, one product each way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        n, m = len(rows), len(columns)
+        logits = rows.new_empty(n, m)
+        torch.mm(rows, columns.t(), out=logits)
+        share = pairing.fill_(logits.clone(), 0, n, 0, m, -torch.inf)
+        top = share.amax(1, keepdim=True) if m else rows.new_zeros(n, 1)
+        top = top.masked_fill_(top == -torch.inf, 0)
+        share = share.sub_(top).exp_()
+        total = share.sum(1, keepdim=True)
+        share.div_(total.clamp_min(torch.finfo(total.dtype).tiny))
+        slope = logits.mul_(share)
+        expected = slope.sum(1)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            slope.add_(share).addcmul_(share, expected[:, None], value=-1)
+        ctx.pairing = pairing
+        ctx.save_for_backward(rows, columns, share, slope)
+        return (total.log_() + top)[:, 0], expected
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, columns, share, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            given = tuple(rows.new_zeros(len(rows)) if g is None else g for g in gradients)
+            function = lambda rows, columns: plain_expected_logits(rows, columns, ctx.pairing)  # noqa: E731
+            return *_differentiable_gradient(function, (rows, columns), given), None
+        parts = [
+            kept * g[:, None] for kept, g in zip((share, slope), gradients, strict=True) if g is not None
+        ]
+        if not parts:
+            return None, None, None
+        weight = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+        need_rows, need_columns = ctx.needs_input_grad[:2]
+        of_rows = torch.mm(weight, columns, out=torch.empty_like(rows)) if need_rows else None
+        of_columns = torch.mm(weight.t(), rows, out=torch.empty_like(columns)) if need_columns else None
+        return of_rows, of_columns, None

@@ -212,6 +212,37 @@ def _rows_log_sum_exp_backward(
     return [_wanted(dx, need[0]), _wanted(dy, need[1])]
 
 
+def _expected_logits(
+    rows: Tensor,
+    columns: Tensor,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    over: str,
+    tile: list[int],
+) -> tuple[Tensor, Tensor]:
+    pairing = cross_pairing(rows, columns, row_keys, column_keys, None, None, over)  # type: ignore[arg-type]
+    return _tiles.expected_forward(rows, columns, pairing, _pair(tile))
+
+
+def _expected_logits_backward(
+    log_sum_gradient: Tensor,
+    expected_gradient: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    log_sum: Tensor,
+    expected: Tensor,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    over: str,
+    tile: list[int],
+    need: list[bool],
+) -> list[Tensor]:
+    pairing = cross_pairing(rows, columns, row_keys, column_keys, None, None, over)  # type: ignore[arg-type]
+    given = (log_sum_gradient, expected_gradient, rows, columns, log_sum, expected)
+    dx, dy = _tiles.expected_backward(*given, pairing, _pair(tile), need_x=need[0], need_y=need[1])
+    return [_wanted(dx, need[0]), _wanted(dy, need[1])]
+
+
 def _paired_log_sum_exp(
     rows: Tensor, columns: Tensor, over: str, bound: float | None, tile: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -302,6 +333,9 @@ def _pair(tile: list[int]) -> tuple[int, int]:
 
 self_log_sum_exp = TiledForm(_self_log_sum_exp, _self_log_sum_exp_backward, differentiable=1, keys=1)
 rows_log_sum_exp = TiledForm(_rows_log_sum_exp, _rows_log_sum_exp_backward, differentiable=2, keys=4)
+expected_logits = TiledForm(
+    _expected_logits, _expected_logits_backward, differentiable=2, keys=2, results=(0, 0)
+)
 paired_log_sum_exp = TiledForm(
     _paired_log_sum_exp, _paired_log_sum_exp_backward, differentiable=2, keys=0, results=(0, 1)
 )

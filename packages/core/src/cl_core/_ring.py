@@ -79,6 +79,26 @@ def softplus_sum(
     return _RingSoftplusSum.apply(rows, columns, offset, *keys, over, _Ring(split, 1))  # type: ignore[no-any-return]
 
 
+def expected_logits(
+    rows: Tensor,
+    columns: Tensor,
+    split: Shard,
+    *,
+    row_keys: Tensor | None = None,
+    column_keys: Tensor | None = None,
+    over: Over = "all",
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`cl_core.similarity.expected_logits` with the columns of all ranks; arguments as in :func:`log_sum_exp`."""
+    if split.group is None or split.world_size < RING_FROM:
+        everyone = None if column_keys is None else split.gather(column_keys)
+        return similarity.expected_logits(
+            rows, split.gather(columns), row_keys=row_keys, column_keys=everyone, over=over, impl=impl
+        )
+    numbers = _numbers(columns, row_keys, column_keys, None, None)
+    return _RingExpectedLogits.apply(rows, columns, *numbers, over, _Ring(split, 1))  # type: ignore[no-any-return]
+
+
 def _gathered(
     split: Shard,
     each: int,
@@ -188,6 +208,54 @@ class _RingLogSumExp(torch.autograd.Function):
         def on_block(block: Tensor, of_block: Tensor) -> Tensor:
             pairing = _pairing(rows, block, row_keys, row_ids, of_block, ctx.over)
             of_rows, of_columns = _tiles.rows_backward(gradient, rows, block, result, pairing, tile)
+            assert of_rows is not None
+            assert of_columns is not None
+            dx.add_(of_rows)
+            return of_columns
+
+        dy = _send_home(ctx.ring, columns, numbers, on_block)
+        return dx, dy, *[None] * 5
+
+
+class _RingExpectedLogits(torch.autograd.Function):
+    """Row-wise log-sum-exp and mean logit over all ranks' columns, one block at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        row_keys: Tensor | None,
+        row_ids: Tensor | None,
+        numbers: Tensor,
+        over: Over,
+        ring: _Ring,
+    ) -> tuple[Tensor, Tensor]:
+        tile = _tiles.default_tile(rows.device)
+        result = (
+            rows.new_full((len(rows),), -torch.inf, dtype=torch.float64),
+            rows.new_zeros(len(rows)).double(),
+        )
+        for _, (block, of_block) in ring.blocks(columns, numbers):
+            pairing = _pairing(rows, block, row_keys, row_ids, of_block, over)
+            result = _tiles.joined(result, _tiles.expected_forward(rows, block, pairing, tile))
+        ctx.over, ctx.ring = over, ring
+        ctx.save_for_backward(rows, columns, row_keys, row_ids, numbers, *result)
+        return result[0].to(rows.dtype), result[1].to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            _ops.no_second_derivative()
+        rows, columns, row_keys, row_ids, numbers, log_sum, expected = ctx.saved_tensors
+        tile = _tiles.default_tile(rows.device)
+        dx = torch.zeros_like(rows)
+
+        def on_block(block: Tensor, of_block: Tensor) -> Tensor:
+            pairing = _pairing(rows, block, row_keys, row_ids, of_block, ctx.over)
+            of_rows, of_columns = _tiles.expected_backward(
+                gradients[0], gradients[1], rows, block, log_sum, expected, pairing, tile
+            )
             assert of_rows is not None
             assert of_columns is not None
             dx.add_(of_rows)

@@ -1,8 +1,9 @@
 """The loops under :mod:`cl_core.similarity`: plain functions on tensors, without autograd.
 
-Three kernels, each with its backward:
+Four kernels, each with its backward:
 
 * ``rows_*``: one log-sum-exp a row, running maxima, right at any scale of the logits;
+* ``expected_*``: that, and the mean of a row's logits under its softmax;
 * ``shared_*``: one exponential serves the row and the column of an entry (and, with one set of rows, both of its
   rows: only the upper triangle is computed). Without any shift, so only for logits that cannot over- or underflow;
 * ``softplus_*``: a sum of softplus a row.
@@ -263,6 +264,81 @@ def rows_backward(
         if dx is not None:
             dx[r0:r1].mul_(gradient[r0:r1, None])
     return dx, dy
+
+
+def expected_forward(x: Tensor, y: Tensor, pairing: Pairing, tile: Tile) -> tuple[Tensor, Tensor]:
+    """As :func:`rows_forward`, and the mean of a row's logits under its softmax; 0 for a row without any."""
+    walk = _Walk(x, y, pairing, tile)
+    scratch, lowest = walk.scratch(), torch.finfo(x.dtype).min
+    log_sum = x.new_empty(len(x), dtype=torch.float64)
+    expected = torch.empty_like(log_sum)
+    for r0, r1 in walk.rows():
+        top, total = x.new_full((r1 - r0,), -torch.inf), x.new_zeros(r1 - r0)
+        moment = torch.zeros_like(total)  # sum of the exponentials times what their logits lie below the top
+        for c0, c1 in walk.columns(r0, r1):
+            logits = pairing.fill_(walk.logits(r0, r1, c0, c1), r0, r1, c0, c1, -torch.inf)
+            new_top = torch.maximum(top, logits.amax(1))
+            shift = new_top.clamp_min(lowest)
+            below = (top - shift).clamp_min_(lowest)
+            moment.addcmul_(total, below).mul_(below.exp2())
+            total.mul_(below.exp2())
+            logits.sub_(shift[:, None])
+            exponentials = torch.exp2(logits, out=view(scratch, *logits.shape))
+            total.add_(exponentials.sum(1))
+            # 0 times -inf is no number
+            moment.add_(pairing.fill_(logits, r0, r1, c0, c1, 0).mul_(exponentials).sum(1))
+            top = new_top
+        log_sum[r0:r1] = (top.double() + total.double().log2()) * LN2
+        mean = (top.double() + moment.double() / total) * LN2
+        expected[r0:r1] = torch.where(total > 0, mean, 0)
+    return log_sum, expected
+
+
+def expected_backward(
+    log_sum_gradient: Tensor,
+    expected_gradient: Tensor,
+    x: Tensor,
+    y: Tensor,
+    log_sum: Tensor,
+    expected: Tensor,
+    pairing: Pairing,
+    tile: Tile,
+    *,
+    need_x: bool = True,
+    need_y: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradient of :func:`expected_forward`: dx = W y and dy = W^T x, W_ij = P_ij (g_i + h_i (1 + logit_ij - mean_i))."""
+    walk = _Walk(x, y, pairing, tile)
+    scratch = walk.scratch()
+    dx = torch.zeros_like(x) if need_x else None
+    dy = torch.zeros_like(y) if need_y else None
+    # An empty row's entries are all overwritten, so any finite level will do.
+    exact = torch.where(log_sum == -torch.inf, 0, log_sum.double() * LOG2E)
+    level = exact.to(x.dtype)
+    rest = exact - level.double()
+    factor = torch.exp2(-rest)
+    # With s = log2 P, logit - expected = (s - rest) ln 2 + (log_sum - expected).
+    slope = (expected_gradient.double() * factor * LN2).to(x.dtype)
+    distance = 1 + exact * LN2 - expected.double() - rest * LN2
+    constant = ((log_sum_gradient.double() + expected_gradient.double() * distance) * factor).to(x.dtype)
+    for r0, r1 in walk.rows():
+        for c0, c1 in walk.columns(r0, r1):
+            logits = walk.logits(r0, r1, c0, c1).sub_(level[r0:r1, None])
+            share = torch.exp2(logits, out=view(scratch, *logits.shape))
+            pairing.fill_(share, r0, r1, c0, c1, 0)
+            weight = logits.mul_(slope[r0:r1, None]).add_(constant[r0:r1, None]).mul_(share)
+            if dx is not None:
+                dx[r0:r1].addmm_(weight, y[c0:c1])
+            if dy is not None:
+                dy[c0:c1].addmm_(weight.t(), x[r0:r1])
+    return dx, dy
+
+
+def joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and mean logit of two sets of columns together, from those of each; differentiable."""
+    log_sum = torch.logaddexp(one[0], other[0])
+    share = torch.where(log_sum == -torch.inf, 0, torch.exp(one[0] - log_sum))
+    return log_sum, torch.lerp(other[1], one[1], share)
 
 
 def shared_forward(

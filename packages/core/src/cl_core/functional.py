@@ -1,6 +1,7 @@
 """All losses as functions: embeddings first, everything else by keyword."""
 
 from cl_core.losses.alignment_uniformity import alignment_loss, uniformity_loss
+from cl_core.losses.attraction_repulsion import cacr_loss, cacr_momentum_loss, cacr_queue_loss
 from cl_core.losses.clip import clip_loss, siglip_loss
 from cl_core.losses.clustering import prototype_nce_loss, sinkhorn, swav_loss
 from cl_core.losses.decoupled import dcl_loss, dclw_loss
@@ -22,6 +23,9 @@ __all__ = [
     "alignment_loss",
     "barlow_twins_loss",
     "byol_loss",
+    "cacr_loss",
+    "cacr_momentum_loss",
+    "cacr_queue_loss",
     "circle_loss",
     "clip_loss",
     "contrastive_margin_loss",

@@ -226,6 +226,54 @@ def paired_log_sum_exp(
     return along_rows.to(rows.dtype), along_columns.to(rows.dtype)
 
 
+def expected_logits(
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    row_keys: Tensor | None = None,
+    column_keys: Tensor | None = None,
+    over: Over = "all",
+    impl: Impl = "auto",
+    tile: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Row-wise log-sum-exp of similarities, and their mean under the softmax: losses that weigh what they average.
+
+        l_i = log sum_{j counts for i} exp(s_ij),    e_i = sum_{j counts for i} exp(s_ij - l_i) s_ij
+
+    with s_ij = rows_i . columns_j. The weights' entropy is l - e. With the weights as constants, e has the gradient
+    of l.
+
+    Args:
+        rows: shape (N, D), float32 or float64.
+        columns: shape (M, D).
+        row_keys: integers of shape (N,); None gives row i the key i.
+        column_keys: integers of shape (M,); None likewise.
+        over: "all" pairs, those of "different" key, or those of the "same" key.
+        impl: "dense", "tiled" or "auto".
+        tile: rows and columns of a tile; None chooses.
+
+    Returns:
+        Shapes (N,) and (N,); -inf and 0 where nothing counts (with zero gradient).
+
+    Cost: O(N M D) time; O((N + M) D) memory if tiled.
+    """
+    _check_pairs(rows, columns, impl, tile, 1, over, row_keys, column_keys, None, None)
+    if _fits(rows.shape[0], columns.shape[0], impl):
+        pairing = _ops.cross_pairing(rows, columns, row_keys, column_keys, None, None, over, 1, False)
+        if torch.compiler.is_compiling():
+            return _dense.plain_expected_logits(rows, columns, pairing)
+        return _dense.KeptExpected.apply(rows, columns, pairing)  # type: ignore[no-any-return]
+    options = [over, list(tile or _tiles.default_tile(rows.device))]
+    if row_keys is None or column_keys is None:
+        log_sum, expected = _ops.expected_logits(rows, columns, None, None, *options)
+        return log_sum.to(rows.dtype), expected.to(rows.dtype)
+    row_keys, order = row_keys.sort(stable=True)
+    column_keys, column_order = column_keys.sort(stable=True)
+    rows, columns = rows.index_select(0, order), columns.index_select(0, column_order)
+    found = _ops.expected_logits(rows, columns, row_keys, column_keys, *options)
+    return _unsorted(found[0], order, rows.dtype), _unsorted(found[1], order, rows.dtype)
+
+
 def softmax_mean(rows: Tensor, columns: Tensor, *, tile: tuple[int, int] | None = None) -> Tensor:
     r"""Mean of the columns under the softmax of a row's similarities, without a gradient.
 

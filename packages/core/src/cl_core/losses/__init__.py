@@ -12,6 +12,7 @@ from cl_core.losses._base import (
     TwoViewLoss,
 )
 from cl_core.losses.alignment_uniformity import AlignmentLoss, UniformityLoss
+from cl_core.losses.attraction_repulsion import CACRLoss, CACRMomentumLoss
 from cl_core.losses.clip import CLIPLoss, SigLIPLoss
 from cl_core.losses.clustering import PrototypeNCELoss, SwAVLoss
 from cl_core.losses.decoupled import DCLLoss, DCLWLoss
@@ -28,6 +29,8 @@ __all__ = [
     "AlignmentLoss",
     "BYOLLoss",
     "BarlowTwinsLoss",
+    "CACRLoss",
+    "CACRMomentumLoss",
     "CLIPLoss",
     "CircleLoss",
     "ContrastiveLoss",

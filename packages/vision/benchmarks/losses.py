@@ -1,0 +1,200 @@
+"""Loss steps of the methods beside the form that the published code uses: time and peak memory.
+
+    uv run --all-packages python packages/vision/benchmarks/losses.py [NAME ...] [--write]
+
+The published forms are written anew from the papers' formulas, with the operations that the published code is known to
+use (broadcast distances, masks rebuilt at every step, a loop over views). A step is forward and backward to the
+embeddings. Each repetition times ours and theirs one after the other, and a ratio is a median over repetitions. Values
+must agree before anything is timed. One thread; set OMP_NUM_THREADS for more. Peak memory is the high water of resident
+memory over a step, less what was resident before, in a process of its own. ``--write`` puts the table into RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_core.functional import cacr_loss
+
+RESULTS = Path(__file__).resolve().parents[1] / "RESULTS.md"
+BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method at one size.
+
+    Attributes:
+        method: name of the loss.
+        size: what the size is, in words.
+        given: makes the embeddings.
+        ours: our loss.
+        published: the published form; None where it does not fit into memory.
+    """
+
+    method: str
+    size: str
+    given: Callable[[], Tensor]
+    ours: Callable[[Tensor], Tensor]
+    published: Callable[[Tensor], Tensor] | None
+
+
+def unit_views(views: int, rows: int, width: int) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return F.normalize(torch.randn(views, rows, width, generator=generator), dim=2)
+
+    return make
+
+
+def published_cacr(views: Tensor, t_pos: float = 1.0, t_neg: float = 2.0) -> Tensor:
+    """Differences of all pairs of rows, their norm squared, view by view."""
+    count, rows, _ = views.shape
+    attraction, repulsion = views.new_zeros(()), views.new_zeros(())
+    for x in range(count):
+        others = torch.stack([views[y] for y in range(count) if y != x], 1)
+        c = (views[x][:, None] - others).norm(dim=2).pow(2)
+        attraction = attraction + ((t_pos * c).softmax(1) * c).sum(1).mean() / count
+        for y in range(x + 1, count):
+            away = torch.from_numpy(~torch.eye(rows, dtype=torch.bool).numpy())
+            c = (views[x][:, None] - views[y][None]).norm(dim=2).pow(2)[away].view(rows, rows - 1)
+            repulsion = repulsion - ((-t_neg * c).softmax(1) * c).sum(1).mean() * 2 / (count * (count - 1))
+    return attraction + repulsion
+
+
+def cacr(views: int, rows: int, width: int, *, fits: bool = True) -> Case:
+    return Case(
+        "CACR",
+        f"{views} views of {rows} x {width}",
+        unit_views(views, rows, width),
+        lambda z: cacr_loss(list(z), t_neg=2.0),
+        published_cacr if fits else None,
+    )
+
+
+CASES = [
+    cacr(2, 128, 128),
+    cacr(5, 128, 128),
+    cacr(2, 1024, 128),
+    cacr(5, 4096, 128, fits=False),
+]
+
+
+def step(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    value = loss(z)
+    (gradient,) = torch.autograd.grad(value, z)
+    return value.detach(), gradient
+
+
+def check(case: Case) -> None:
+    """Values and the gradients' tangential part must agree in float64 (the published form keeps the radial one)."""
+    if case.published is None:
+        return
+    z = case.given()[:, :64].double()
+    ours, theirs = step(case.ours, z), step(case.published, z)
+    torch.testing.assert_close(ours[0], theirs[0])
+    tangential = theirs[1] - (theirs[1] * z).sum(-1, keepdim=True) * z
+    torch.testing.assert_close(ours[1], tangential)
+
+
+def seconds(loss: Callable[[Tensor], Tensor], z: Tensor) -> float:
+    start = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    step(loss, z)
+    return (time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()) - start
+
+
+def times(case: Case, repetitions: int) -> dict[str, float]:
+    z = case.given()
+    step(case.ours, z)
+    pairs = []
+    for _ in range(repetitions):
+        ours = seconds(case.ours, z)
+        pairs.append((ours, seconds(case.published, z) if case.published else float("nan")))
+    return {
+        "ours": statistics.median(ours for ours, _ in pairs),
+        "published": statistics.median(theirs for _, theirs in pairs),
+        "ratio": statistics.median(theirs / ours for ours, theirs in pairs),
+    }
+
+
+def peak(number: int, form: str) -> float:
+    """Megabytes, in a process of its own."""
+    command = [sys.executable, __file__, "--peak", str(number), form]
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def status(field: str) -> float:
+    """A field of this process's status in megabytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def measure_peak(number: int, form: str) -> float:
+    case = CASES[number]
+    loss = case.ours if form == "ours" else case.published
+    assert loss is not None
+    z = case.given()
+    step(loss, z[:, :32].contiguous())  # what is loaded once
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    step(loss, z)
+    return status("VmHWM") - before
+
+
+def table(names: list[str], repetitions: int) -> list[str]:
+    lines = [
+        "| loss | size | ours, ms | published form, ms | ratio | ours, MB | published form, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for number, case in enumerate(CASES):
+        if names and case.method not in names:
+            continue
+        check(case)
+        found = times(case, repetitions)
+        memory = [peak(number, "ours"), peak(number, "published") if case.published else float("nan")]
+        cells = [f"{1000 * found['ours']:.1f}", f"{1000 * found['published']:.0f}", f"{found['ratio']:.0f}"]
+        cells += [f"{value:.0f}" for value in memory]
+        if case.published is None:
+            cells[1] = cells[2] = cells[4] = "does not fit"
+        lines.append(f"| {case.method} | {case.size} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="methods; all if none is given")
+    parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peak:
+        print(json.dumps(measure_peak(int(given.peak[0]), given.peak[1])))
+        return
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    lines = table(given.names, given.repetitions)
+    if given.write:
+        text = RESULTS.read_text()
+        before, rest = text.split(BEGIN)
+        processor = platform.processor() or platform.machine()
+        machine = f"{processor}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+        body = "\n".join([BEGIN, "", *lines, "", f"Hardware: {machine}.", ""])
+        RESULTS.write_text(before + body + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()
