@@ -307,7 +307,7 @@ def expected_backward(
     need_x: bool = True,
     need_y: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient of :func:`expected_forward`: dx = W y and dy = W^T x, W_ij = P_ij (g_i + h_i (1 + logit_ij - mean_i))."""
+    """Gradient of :func:`expected_forward`: dx = W y, dy = W^T x, W_ij = P_ij (g_i + h_i (1 + logit_ij - e_i))."""
     walk = _Walk(x, y, pairing, tile)
     scratch = walk.scratch()
     dx = torch.zeros_like(x) if need_x else None
