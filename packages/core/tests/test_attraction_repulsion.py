@@ -252,3 +252,29 @@ def test_modules_pass_everything_on():
         CACRMomentumLoss(0.5, cost="euclidean")(rows, keys[0]),
         cacr_momentum_loss(rows, keys[0], temperature=0.5, cost="euclidean"),
     )
+
+
+@pytest.mark.parametrize("with_queue", [False, True])
+def test_measures(with_queue):
+    rows, keys = views(4), views(4, seed=1)
+    queue = torch.randn(11, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    given = (rows, keys, queue) if with_queue else (rows,)
+    module = CACRLoss(alpha=2.0, beta=3.0)
+    found = module.measures(*given)
+    assert set(found) == {"attraction", "repulsion", "positive_weight_entropy", "negative_weight_entropy"}
+    torch.testing.assert_close(2 * found["attraction"] + 3 * found["repulsion"], module(*given).detach())
+    assert not any(value.requires_grad for value in found.values())
+    uniform = CACRLoss(0.0, 0.0).measures(*given)
+    sharp = CACRLoss(1e5, 1e5).measures(*given)
+    for name in ("positive_weight_entropy", "negative_weight_entropy"):
+        assert 0.5 < found[name] < 1
+        torch.testing.assert_close(uniform[name].item(), 1.0)
+        assert sharp[name].abs() < 1e-3
+
+
+def test_measures_of_two_views_and_of_one_query():
+    x, y = views(2)
+    assert torch.equal(CACRLoss().measures(x, y)["attraction"], CACRLoss().measures([x, y])["attraction"])
+    found = CACRLoss(in_batch=False).measures(x, y, y.detach()[:3])
+    torch.testing.assert_close(found["attraction"], (x - y).square().sum(1).mean().detach())
+    assert "positive_weight_entropy" not in found

@@ -17,6 +17,8 @@ from cl_core.losses import TwoViewLoss
 class SmallDCL(TwoViewLoss):
     """Decoupled loss in a few plain lines, so that these tests do not lean on the core's."""
 
+    several_views = True
+
     def __init__(self, temperature=0.1):
         super().__init__()
         self.temperature = temperature

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cl_vision.encoders import ResNet, SmallConvNet, TorchvisionEncoder
+from cl_vision.encoders import ResNet, SmallAlexNet, SmallConvNet, TorchvisionEncoder
 
 
 def gradient_reaches_every_parameter(encoder, images):
@@ -39,6 +39,18 @@ def test_batch_norm_couples_rows_in_training_only():
     assert not torch.allclose(encoder(images)[:1], encoder(images[:1]), atol=1e-3)
     encoder.eval()
     torch.testing.assert_close(encoder(images)[:1], encoder(images[:1]))
+
+
+@pytest.mark.parametrize(("side", "pooled"), [(32, 3), (64, 7)])
+def test_small_alex_net(side, pooled):
+    torch.manual_seed(0)
+    encoder = SmallAlexNet(side, in_channels=1)
+    assert encoder.layers[-6].in_features == 192 * pooled**2
+    images = torch.randn(3, 1, side, side)
+    assert encoder(images).shape == (3, encoder.dim) == (3, 4096)
+    assert gradient_reaches_every_parameter(encoder, images)
+    with pytest.raises(ValueError, match=f"images must have {side}x{side} pixels, got 28x28"):
+        encoder(torch.randn(3, 1, 28, 28))
 
 
 @pytest.mark.parametrize(("depth", "dim"), [(18, 512), (34, 512), (50, 2048)])

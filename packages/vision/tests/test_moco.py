@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from cl_core.functional import dcl_loss, info_nce_loss
-from cl_core.losses import DCLLoss, InfoNCELoss, NTXentLoss
+from cl_core.functional import byol_loss, cacr_momentum_loss, cacr_queue_loss, dcl_loss, info_nce_loss
+from cl_core.losses import BYOLLoss, CACRLoss, CACRMomentumLoss, DCLLoss, InfoNCELoss, NTXentLoss
 from cl_core.method import Progress
 from cl_core.testing import Ranks
 from cl_vision.data import Views
@@ -12,11 +12,11 @@ from cl_vision.methods import NNCLR, MoCo, MoCoV3
 from cl_vision.projectors import MLPProjector
 
 
-def views(seed, rows=8):
+def views(seed, rows=8, count=2):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(rows, 1, 2, 2, generator=generator)  # so that images differ also for a small network
     images = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    noisy = tuple(images + 0.1 * torch.randn(images.shape, generator=generator) for _ in range(2))
+    noisy = tuple(images + 0.1 * torch.randn(images.shape, generator=generator) for _ in range(count))
     return Views(noisy, torch.arange(rows), torch.arange(rows))
 
 
@@ -174,6 +174,40 @@ def test_moco_v3_predicts_the_keys_of_the_other_view():
     torch.testing.assert_close(method(views(1)), 2 * 0.2 * expected)
 
 
+def test_moco_draws_every_query_to_the_keys_of_all_other_views():
+    method, batch = moco(CACRLoss(t_neg=2.0)), views(1, count=3)
+    queue = method.queue.embeddings.clone()
+    queries = [method.project(view) for view in batch.views]
+    keys = [method.key_network(view) for view in batch.views]
+    torch.testing.assert_close(method(batch), cacr_queue_loss(queries, keys, queue, t_neg=2.0))
+    torch.testing.assert_close(method.queue.embeddings[:8], nn.functional.normalize(keys[-1], dim=1))
+    assert method.queue.pointer == 8
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_moco_v3_draws_all_other_queries_to_a_key(count):
+    torch.manual_seed(0)
+    loss = CACRMomentumLoss(0.5)
+    method = MoCoV3(SmallConvNet(4, in_channels=1, norm="group"), loss, *heads(), scale=0.7)
+    batch = views(1, count=count)
+    queries = [method.project(view) for view in batch.views]
+    keys = [method.key_network(view) for view in batch.views]
+    expected = sum(
+        cacr_momentum_loss([q for other, q in enumerate(queries) if other != v], key, temperature=0.5)
+        for v, key in enumerate(keys)
+    )
+    torch.testing.assert_close(method(batch), 0.7 * expected / count)
+
+
+def test_moco_v3_with_a_loss_of_predictions_is_byol():
+    torch.manual_seed(0)
+    method = MoCoV3(SmallConvNet(4, in_channels=1, norm="group"), BYOLLoss(), *heads())
+    batch = views(1)
+    queries = [method.project(view) for view in batch.views]
+    keys = [method.key_network(view) for view in batch.views]
+    torch.testing.assert_close(method(batch), byol_loss(queries[0], keys[1]) + byol_loss(queries[1], keys[0]))
+
+
 @pytest.mark.parametrize(("schedule", "moves"), [("cosine", False), ("constant", True)])
 def test_momentum_of_moco_v3_rises_to_one(schedule, moves):
     method = MoCoV3(SmallConvNet(4, in_channels=1), InfoNCELoss(), *heads(), momentum=0.5, schedule=schedule)
@@ -207,13 +241,14 @@ def test_bad_parts_get_one_sentence(kind):
     with pytest.raises(TypeError, match="encoder must be a cl_vision Encoder, got Linear"):
         kind(nn.Linear(3, 3), InfoNCELoss())
     with pytest.raises(
-        TypeError, match=r"loss must be a QueryKeyLoss, called with \(query, key, negatives\), got NTX"
+        TypeError, match=r"loss must be a QueryKeyLoss.*, called with \(query, key(, negatives)?\), got NTX"
     ):
         kind(encoder, NTXentLoss())
     with pytest.raises(ValueError, match=r"projector.in_dim must equal the encoder's dim, got 33 and 32\."):
         kind(encoder, InfoNCELoss(), MLPProjector(33))
     method = kind(SmallConvNet(4, in_channels=1), InfoNCELoss(), MLPProjector(out_dim=8))
-    with pytest.raises(ValueError, match=f"{kind.__name__} compares 2 views, got 3: pass --data.num_views 2"):
+    who = kind if kind is NNCLR else InfoNCELoss
+    with pytest.raises(ValueError, match=f"{who.__name__} compares 2 views, got 3: pass --data.num_views 2"):
         method(views(1)._replace(views=(views(1).views[0],) * 3))
     with pytest.raises(
         ValueError, match=f"{kind.__name__} compares views, so a batch needs at least 2 of them"

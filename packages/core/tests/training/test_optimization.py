@@ -28,6 +28,21 @@ def test_schedules():
     assert all(later < earlier for earlier, later in itertools.pairwise(warm[4:]))
 
 
+def test_cosine_ends_where_it_is_told():
+    found = factors(lr=0.5, final_lr=0.05)
+    assert (found[0], found[10], found[-1]) == pytest.approx((1.0, 0.55, 0.1))
+
+
+def test_warmup_from_a_rate_reaches_the_peak_with_its_last_step():
+    warm = factors(lr=2.0, warmup_epochs=1, warmup_lr=0.5)
+    assert warm[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def test_steps_fall_at_their_epochs():
+    found = factors(schedule="step", milestones=(2, 4.5), decay=0.5)
+    assert found == [1.0] * 8 + [0.5] * 10 + [0.25] * 3
+
+
 @pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
 def test_optimisers_and_rates_of_groups(tiny, name, kind):
     optimization = Optimization(optimizer=name, lr=0.2, weight_decay=0.1)
@@ -47,11 +62,21 @@ def test_optimisers_and_rates_of_groups(tiny, name, kind):
         {"warmup_epochs": float("nan")},
         {"optimizer": "lars"},
         {"schedule": "x"},
+        {"milestones": (3,)},
+        {"milestones": (3, 2), "schedule": "step"},
+        {"decay": 1.0},
+        {"final_lr": -1.0},
+        {"warmup_lr": float("inf")},
     ],
 )
 def test_bad_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         Optimization(**settings)
+
+
+def test_a_step_schedule_needs_milestones():
+    with pytest.raises(ValueError, match="milestones must be rising epochs"):
+        Optimization(schedule="step")
 
 
 def test_nothing_to_train_is_refused(tiny):

@@ -70,6 +70,59 @@ class SmallConvNet(Encoder):
         return self.layers(images).mean(dim=(2, 3))
 
 
+class SmallAlexNet(Encoder):
+    """The network of small contrastive experiments: five convolutions and two fully connected layers, 4096 features.
+
+    Its last layer, to 128 columns, is the projector (``MLPProjector(layers=1)``); probes read what comes before, as the
+    authors of alignment and uniformity and of CACR do.
+
+    Args:
+        image_size: height and width of the images, at least 15.
+        in_channels: channels of the images.
+
+    Reference: Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on
+    the Hypersphere", ICML 2020, arXiv 2005.10242.
+    """
+
+    def __init__(self, image_size: int = 32, in_channels: int = 3) -> None:
+        super().__init__()
+        _positive_integer("image_size", image_size)
+        _positive_integer("in_channels", in_channels)
+        if image_size < 15:
+            raise ValueError(f"image_size must be at least 15 (three poolings of width 3), got {image_size}.")
+        self.image_size, self.in_channels, self.dim = image_size, in_channels, 4096
+        layers: list[nn.Module] = []
+        channels, side = in_channels, image_size
+        for out, pooled in ((96, True), (192, True), (384, False), (384, False), (192, True)):
+            layers += [
+                nn.Conv2d(channels, out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(inplace=True),
+            ]
+            if pooled:
+                layers.append(nn.MaxPool2d(3, 2))
+                side = (side - 3) // 2 + 1
+            channels = out
+        layers.append(nn.Flatten())
+        for width in (192 * side * side, 4096):
+            layers += [nn.Linear(width, 4096, bias=False), nn.BatchNorm1d(4096), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images (N, in_channels, image_size, image_size), shape (N, 4096)."""
+        _check_images(images, channels=self.in_channels)
+        if tuple(images.shape[2:]) != (self.image_size, self.image_size):
+            size = "x".join(map(str, images.shape[2:]))
+            raise ValueError(
+                f"images must have {self.image_size}x{self.image_size} pixels, got {size}: pass "
+                "--model.encoder.image_size, or --data.image_size."
+            )
+        return self.layers(images)
+
+
 class ResNet(Encoder):
     """A torchvision ResNet without its classifier.
 

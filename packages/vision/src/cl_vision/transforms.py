@@ -94,6 +94,7 @@ class SimCLRTransform(ViewTransform):
         flip: probability of a horizontal flip.
         jitter: strength s of the colour jitter (brightness, contrast, saturation 0.8 s, hue 0.2 s); 0 for
             none.
+        hue: largest shift of the hue, in [0, 0.5], in place of 0.2 s.
         jitter_probability: probability of the jitter.
         gray: probability of a grey view.
         blur: probability of a Gaussian blur of a tenth of the size, sigma 0.1 to 2.
@@ -111,13 +112,16 @@ class SimCLRTransform(ViewTransform):
         jitter_probability: float = 0.8,
         gray: float = 0.2,
         blur: float = 0.5,
+        hue: float | None = None,
     ) -> None:
         _check_size(size)
         _check_share("scale", scale)
         _check_probabilities(flip=flip, jitter_probability=jitter_probability, gray=gray, blur=blur)
         if not 0 <= jitter <= 2.5:
             raise ValueError(f"jitter must be in [0, 2.5] (hue is shifted by a fifth of it), got {jitter}.")
-        self.size, self.scale, self.flip = size, scale, flip
+        if hue is not None and not 0 <= hue <= 0.5:
+            raise ValueError(f"hue must be in [0, 0.5], got {hue}.")
+        self.size, self.scale, self.flip, self.hue = size, scale, flip, hue
         self.jitter, self.jitter_probability, self.gray, self.blur = jitter, jitter_probability, gray, blur
         steps: list[Callable[[Tensor], Tensor]] = [
             v2.ToDtype(torch.float32, scale=True),
@@ -126,7 +130,7 @@ class SimCLRTransform(ViewTransform):
         if flip > 0:
             steps.append(v2.RandomHorizontalFlip(flip))
         if jitter > 0 and jitter_probability > 0:
-            colour = v2.ColorJitter(0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter)
+            colour = v2.ColorJitter(*[0.8 * jitter] * 3, 0.2 * jitter if hue is None else hue)
             steps.append(v2.RandomApply([colour], p=jitter_probability))
         if gray > 0:
             steps.append(v2.RandomGrayscale(gray))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -25,7 +25,12 @@ class ContrastiveLoss(nn.Module):
 
     Subclasses say by their base what they are called with, which is also how the battery of
     :mod:`cl_core.testing` knows what to feed them.
+
+    Attributes:
+        several_views: whether a list of two or more views may stand for ``z1, z2`` (and for queries, keys).
     """
+
+    several_views: ClassVar[bool] = False
 
     def __init__(self, **hyperparameters: Any) -> None:
         super().__init__()
@@ -37,6 +42,14 @@ class ContrastiveLoss(nn.Module):
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments as they stand now: what the functional form is called with."""
         return {name: getattr(self, name) for name in self._names}
+
+    def measures(self, *inputs: Any) -> dict[str, Tensor]:
+        """What is worth watching of a batch beside its loss: names and scalars, without gradient.
+
+        Args:
+            inputs: as :meth:`forward` takes them.
+        """
+        return {}
 
     def extra_repr(self) -> str:
         """Show the hyper-parameters."""

@@ -105,23 +105,12 @@ def cacr_loss(
             f"cacr_loss needs at least 2 rows (the other rows are the negatives), got {split.total}; pass a group, or "
             "use cacr_queue_loss."
         )
-    rows = _rows(views, normalize)
-    between = {
-        frozenset(pair): _squared(*(rows[x] for x in pair)) for pair in combinations(range(len(rows)), 2)
-    }
-    loss = rows[0].new_zeros(())
-    for x in range(len(rows)):
-        positives = torch.stack([between[frozenset((x, y))] for y in range(len(rows)) if y != x])
-        loss = loss + alpha / len(rows) * weighting.attraction(positives, split)
-    pairs = list((permutations if symmetric else combinations)(range(len(rows)), 2))
-    for x, y in pairs:
-        negatives = _Negatives(rows[x], rows[y], None, normalize, split, impl)
-        repulsion = beta * weighting.repulsion(negatives)
-        if tau_plus:
-            own = reduce(between[frozenset((x, y))], "mean", split=split)
-            repulsion = (repulsion + tau_plus * (-1 if paper_code_sign else beta) * own) / (1 - tau_plus)
-        loss = loss + repulsion / len(pairs)
-    return loss
+    compared = _of_views(_rows(views, normalize), symmetric, normalize, split, impl)
+    repulsion = beta * weighting.repulsion(compared.negatives)
+    if tau_plus:
+        own = reduce(torch.stack(compared.positives).mean((0, 1)), "mean", split=split)
+        repulsion = (repulsion + tau_plus * (-1 if paper_code_sign else beta) * own) / (1 - tau_plus)
+    return alpha * weighting.attraction(compared.positives, split) + repulsion
 
 
 def cacr_queue_loss(
@@ -191,12 +180,10 @@ def cacr_queue_loss(
     split = _checked(queries + keys, group, impl)
     rows, targets = _rows(queries, normalize), _rows(keys, normalize)
     memory = similarity.scaled_rows(negatives, normalize=normalize, dtype=rows[0].dtype)
-    alone, loss = len(rows) == 1, rows[0].new_zeros(())
-    for x, anchors in enumerate(rows):
-        positives = torch.stack([_squared(anchors, key) for y, key in enumerate(targets) if alone or y != x])
-        compared = _Negatives(anchors, anchors if in_batch else None, memory, normalize, split, impl)
-        loss = loss + alpha * weighting.attraction(positives, split) + beta * weighting.repulsion(compared)
-    return loss / len(rows)
+    compared = _of_queue(rows, targets, memory, in_batch, normalize, split, impl)
+    return alpha * weighting.attraction(compared.positives, split) + beta * weighting.repulsion(
+        compared.negatives
+    )
 
 
 def cacr_momentum_loss(
@@ -287,21 +274,26 @@ class _Negatives:
     split: Shard
     impl: Impl
 
+    @property
+    def count(self) -> int:
+        """Negatives of an anchor."""
+        of_batch = 0 if self.batch is None else self.split.total - 1
+        return of_batch + (0 if self.memory is None else len(self.memory))
+
     def mean_distance(self) -> Tensor:
         """Mean squared distance of an anchor to its negatives, shape (N,)."""
-        count, total, squares = 0, torch.zeros_like(self.rows[:1]).sum(0), self.rows.new_zeros(())
+        total, squares = torch.zeros_like(self.rows[:1]).sum(0), self.rows.new_zeros(())
         if self.memory is not None:
-            count, total, squares = len(self.memory), self.memory.sum(0), self.memory.square().sum()
+            total, squares = self.memory.sum(0), self.memory.square().sum()
         own = self.rows.new_zeros(())
         if self.batch is not None:
-            count += self.split.total - 1
             total = total + self.split.sum(self.batch.sum(0))
             squares = squares + self.split.sum(self.batch.square().sum())
             own = _squared(self.rows, self.batch)
         # The sum over all, the anchor's own partner included, less that partner.
-        of_rows = self.rows.square().sum(1)
-        number = count + (self.batch is not None)
-        return (number * of_rows + squares - 2 * (self.rows * total).sum(1) - own) / count
+        number = self.count + (self.batch is not None)
+        of_rows = number * self.rows.square().sum(1)
+        return (of_rows + squares - 2 * (self.rows * total).sum(1) - own) / self.count
 
     def log_sum_exp(self, sharpness: float) -> Tensor:
         """Log-sum-exp of -sharpness c_ij over j, shape (N,)."""
@@ -316,15 +308,9 @@ class _Negatives:
         return log_sum - self._constant(sharpness)
 
     def expected(self, sharpness: float, detach: DetachedWeights) -> Tensor:
-        """Mean of the exponents under their softmax, shape (N,)."""
-        rows, parts = self._anchors(sharpness), []
-        if self.batch is not None:
-            columns = self._columns(self.batch, sharpness)
-            parts.append(_ring.expected_logits(rows, columns, self.split, **self._others()))
-        if self.memory is not None:
-            columns = self._columns(self.memory, sharpness)
-            parts.append(similarity.expected_logits(rows, columns, impl=self.impl))
-        log_sum, expected = parts[0] if len(parts) == 1 else _tiles.joined(*parts)
+        """Mean of the exponents -sharpness c_ij under their softmax, shape (N,)."""
+        parts = self._parts(sharpness)
+        log_sum, expected = self._together(parts)
         if detach == "queue" and len(parts) == 2:
             of_queue = parts[1][0]
             _, expected = _tiles.joined(parts[0], (of_queue.detach(), parts[1][1].detach()))
@@ -333,6 +319,25 @@ class _Negatives:
         elif detach is True or (detach == "queue" and self.batch is None):
             expected = _constant_weights(log_sum, expected)
         return expected - self._constant(sharpness)
+
+    def entropy(self, sharpness: float) -> Tensor:
+        """Entropy of that softmax, as a share of the largest possible, shape (N,)."""
+        log_sum, expected = self._together(self._parts(sharpness))
+        return (log_sum - expected) / math.log(max(self.count, 2))
+
+    def _parts(self, sharpness: float) -> list[tuple[Tensor, Tensor]]:
+        """Log-sum-exp and mean of the exponents, up to a constant an anchor, over the batch and over the memory."""
+        rows, parts = self._anchors(sharpness), []
+        if self.batch is not None:
+            columns = self._columns(self.batch, sharpness)
+            parts.append(_ring.expected_logits(rows, columns, self.split, **self._others()))
+        if self.memory is not None:
+            columns = self._columns(self.memory, sharpness)
+            parts.append(similarity.expected_logits(rows, columns, impl=self.impl))
+        return parts
+
+    def _together(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return parts[0] if len(parts) == 1 else _tiles.joined(*parts)
 
     # -a |x - y|^2 = 2 a x . y - a |y|^2 - a |x|^2; for unit rows the squares are 1 and stay out of the products.
 
@@ -354,6 +359,45 @@ class _Negatives:
         return {"row_keys": own, "column_keys": own, "over": "different", "impl": self.impl}
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """What each query is drawn to and repelled from."""
+
+    positives: list[Tensor]
+    """Squared distances of a view's rows to their K positives, shape (K, N), one for each query view."""
+    negatives: list[_Negatives]
+
+
+def _of_views(rows: list[Tensor], symmetric: bool, unit: bool, split: Shard, impl: Impl) -> _Compared:
+    """Every view drawn to its sample's others, and one view of a pair, or both, repelled from the other view."""
+    count = len(rows)
+    between = {frozenset(pair): _squared(*(rows[x] for x in pair)) for pair in combinations(range(count), 2)}
+    positives = [
+        torch.stack([between[frozenset((x, y))] for y in range(count) if y != x]) for x in range(count)
+    ]
+    pairs = (permutations if symmetric else combinations)(rows, 2)
+    return _Compared(positives, [_Negatives(x, y, None, unit, split, impl) for x, y in pairs])
+
+
+def _of_queue(
+    rows: list[Tensor],
+    keys: list[Tensor],
+    memory: Tensor,
+    in_batch: bool,
+    unit: bool,
+    split: Shard,
+    impl: Impl,
+) -> _Compared:
+    """Every query drawn to the keys of the other views, or the only key, and repelled from the memory."""
+    alone = len(rows) == 1
+    positives = [
+        torch.stack([_squared(query, key) for y, key in enumerate(keys) if alone or y != x])
+        for x, query in enumerate(rows)
+    ]
+    negatives = [_Negatives(query, query if in_batch else None, memory, unit, split, impl) for query in rows]
+    return _Compared(positives, negatives)
+
+
 class _Weighting:
     """How positives and negatives are weighted and averaged."""
 
@@ -367,16 +411,24 @@ class _Weighting:
             raise ValueError(f"detach_weights='queue' needs cost='euclidean', got cost={cost!r}.")
         self.t_pos, self.t_neg, self.cost, self.rbf_t, self.detach = t_pos, t_neg, cost, rbf_t, detach
 
-    def attraction(self, distances: Tensor, split: Shard) -> Tensor:
-        """Mean over anchors of the distances of their positives, shape (K, N), under the weights."""
-        if len(distances) == 1:
-            return reduce(distances[0], "mean", split=split)
-        weights = (self.t_pos * distances).softmax(0)
-        weights = weights.detach() if self.detach else weights
-        return reduce((weights * distances).sum(0), "mean", split=split)
+    def attraction(self, positives: list[Tensor], split: Shard) -> Tensor:
+        """A: mean over anchors of the distances of their positives, for each query (K, N), under the weights."""
+        distances = torch.stack(positives)
+        if distances.shape[1] > 1:
+            weights = self.positive_weights(distances)
+            distances = ((weights.detach() if self.detach else weights) * distances).sum(1, keepdim=True)
+        return reduce(distances.mean((0, 1)), "mean", split=split)
 
-    def repulsion(self, negatives: _Negatives) -> Tensor:
-        """R of one block of anchors, a scalar."""
+    def positive_weights(self, distances: Tensor) -> Tensor:
+        """Weights of distances (V, K, N), which sum to 1 over the K positives."""
+        return (self.t_pos * distances).softmax(1)
+
+    def repulsion(self, blocks: list[_Negatives]) -> Tensor:
+        """R: mean over blocks of anchors."""
+        each = [self._repulsion(negatives) for negatives in blocks]
+        return torch.stack(each).mean()
+
+    def _repulsion(self, negatives: _Negatives) -> Tensor:
         if self.cost == "euclidean":
             return reduce(self._minus_distances(negatives), "mean", split=negatives.split)
         potentials = negatives.split.gather(self._log_potentials(negatives))
@@ -464,6 +516,8 @@ class CACRLoss(QueryKeyLoss):
         impl: "dense", "tiled" or "auto".
     """
 
+    several_views = True
+
     def __init__(
         self,
         t_pos: float = 1.0,
@@ -523,6 +577,38 @@ class CACRLoss(QueryKeyLoss):
         detach = True if detach is None else detach
         return cacr_queue_loss(query, key, negatives, in_batch=in_batch, detach_weights=detach, **options)
 
+    @torch.no_grad()
+    def measures(self, *inputs: Any) -> dict[str, Tensor]:
+        """Attraction, repulsion, and the entropies of the weights, as shares of those of uniform weights.
+
+        An entropy of 1 means that ``t_pos`` or ``t_neg`` is too small for the spread of the distances; one near 0 that
+        a single positive, or negative, counts. Of this process's rows.
+        """
+        query, key, queue = (*inputs, None, None)[:3]
+        queries = _as_list("query", query)
+        given = self.hyperparameters()
+        unit, impl, split = given["normalize"], given["impl"], shard(queries[0], None)
+        if queue is None:
+            rows = _rows(queries if key is None else [query, key], unit)
+            compared = _of_views(rows, given["symmetric"], unit, split, impl)
+        else:
+            rows, keys = _rows(queries, unit), _rows(_as_list("key", key), unit)
+            memory = similarity.scaled_rows(queue, normalize=unit, dtype=rows[0].dtype)
+            compared = _of_queue(rows, keys, memory, given["in_batch"], unit, split, impl)
+        weighting = _Weighting(given["t_pos"], given["t_neg"], given["cost"], given["rbf_t"], False)
+        found = {
+            "attraction": weighting.attraction(compared.positives, split),
+            "repulsion": weighting.repulsion(compared.negatives),
+        }
+        entropies = [negatives.entropy(weighting.t_neg).mean() for negatives in compared.negatives]
+        found["negative_weight_entropy"] = torch.stack(entropies).mean()
+        distances = torch.stack(compared.positives)
+        if distances.shape[1] > 1:
+            weights = weighting.positive_weights(distances)
+            entropy = torch.special.entr(weights).sum(1).mean() / math.log(distances.shape[1])
+            found["positive_weight_entropy"] = entropy
+        return found
+
 
 class CACRMomentumLoss(PredictionLoss):
     """Module form of :func:`cacr_momentum_loss`.
@@ -534,6 +620,8 @@ class CACRMomentumLoss(PredictionLoss):
         group: process group whose other keys serve as negatives: None, "world" or a process group.
         impl: "dense", "tiled" or "auto".
     """
+
+    several_views = True
 
     def __init__(
         self,

@@ -86,6 +86,8 @@ class NTXentLoss(TwoViewLoss):
         impl: "dense", "tiled" or "auto".
     """
 
+    several_views = True
+
     def __init__(
         self,
         temperature: float = 0.1,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cl_core import diagnostics
-from cl_core.losses._base import LabelledLoss, TwoViewLoss
+from cl_core.losses._base import ContrastiveLoss, LabelledLoss, TwoViewLoss
 from cl_core.momentum import ExponentialMovingAverage
 from cl_core.training.data import Data
 from cl_core.training.evaluating import Evaluation, embed_split, labelled, neighbour_accuracies
@@ -57,9 +57,10 @@ class KNNMonitor(pl.Callback):
 class Diagnostics(pl.Callback):
     """Health of what the loss sees: alignment, uniformity, effective rank, similarities of pairs.
 
-    For losses with a temperature also the factor q by which InfoNCE's gradient shrinks (``train/npc_factor``). Reads
-    the embeddings that the method hands to its ``criterion`` in the last batch of an epoch. A method whose criterion
-    takes neither two views, nor queries and keys, nor labelled rows is not measured.
+    For losses with a temperature also the factor q by which InfoNCE's gradient shrinks (``train/npc_factor``), and what
+    the loss itself measures. Reads the embeddings that the method hands to its ``criterion`` in the last batch of an
+    epoch, of several views the first two. Of a criterion that takes neither views, nor queries and keys, nor labelled
+    rows only its own measures are reported.
 
     Args:
         folder: where ``similarities.safetensors`` is written, samples of the similarities over training.
@@ -73,6 +74,7 @@ class Diagnostics(pl.Callback):
         self.samples = samples
         self._seen: tuple[Tensor, ...] | None = None
         self._factor: Tensor | None = None
+        self._measures: dict[str, Tensor] = {}
         self._handle: Any = None
         self._stored: dict[str, Tensor] = {}
 
@@ -93,7 +95,7 @@ class Diagnostics(pl.Callback):
         due = due and batch_idx + 1 == trainer.num_training_batches
         progress = pl_module.progress
         due = due or progress.step + 1 >= progress.total_steps  # max_steps may end it inside an epoch
-        if due and trainer.is_global_zero and isinstance(criterion, TwoViewLoss | LabelledLoss):
+        if due and trainer.is_global_zero and isinstance(criterion, ContrastiveLoss):
             self._handle = criterion.register_forward_pre_hook(self._listen)
 
     def on_train_batch_end(
@@ -106,6 +108,9 @@ class Diagnostics(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure what was heard."""
+        for name, value in self._measures.items():
+            pl_module.report(f"train/{name}", float(value))
+        self._measures = {}
         if self._seen is None:
             return
         first, second = self._seen
@@ -126,22 +131,34 @@ class Diagnostics(pl.Callback):
         self._store(pl_module.steps_done, first, second)
 
     def _listen(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        if len(inputs) >= 2 and all(isinstance(value, Tensor) for value in inputs[:2]):
-            first, second = (value.detach() for value in inputs[:2])
-            self._seen = (first.float(), second.float() if second.is_floating_point() else second)
-            self._factor = None
-            temperature = getattr(module, "temperature", None)
-            if second.is_floating_point() and temperature is not None:
-                # Now, as a queue has taken in these keys when the epoch ends.
-                queue = inputs[2] if len(inputs) > 2 else None
-                self._factor = diagnostics.npc_factor(
-                    first, second, negatives=queue, temperature=float(temperature)
-                )
+        # Now, as a queue has taken in these keys when the epoch ends.
+        self._measures = module.measures(*inputs)  # type: ignore[operator]
+        pair = _first_pair(inputs) if isinstance(module, TwoViewLoss | LabelledLoss) else None
+        if pair is None:
+            return
+        first, second = (value.detach() for value in pair)
+        self._seen = (first.float(), second.float() if second.is_floating_point() else second)
+        self._factor = None
+        temperature = getattr(module, "temperature", None)
+        if second.is_floating_point() and temperature is not None:
+            queue = inputs[2] if len(inputs) > 2 else None
+            self._factor = diagnostics.npc_factor(
+                first, second, negatives=queue, temperature=float(temperature)
+            )
 
     def _store(self, step: int, first: Tensor, second: Tensor) -> None:
         for kind, values in sampled_similarities(first, second, self.samples).items():
             self._stored[f"{step:09d}/{kind}"] = values.half().cpu().contiguous()
         write_atomically(self.path, lambda temporary: save_file(self._stored, temporary))
+
+
+def _first_pair(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+    """Two views, or rows and labels, among what a criterion was called with; of several views the first two."""
+    first, second = (*inputs, None)[:2]
+    if isinstance(first, list | tuple):
+        others = first if second is None else second
+        first, second = first[0], others[1] if isinstance(others, list | tuple) else others
+    return (first, second) if isinstance(first, Tensor) and isinstance(second, Tensor) else None
 
 
 class MovingAverage(pl.Callback):

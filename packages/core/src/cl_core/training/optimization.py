@@ -26,8 +26,14 @@ class Optimization:
         weight_decay: on matrices and filters; ``Method.parameter_groups`` exempts biases and norms.
         momentum: of "sgd".
         betas: of "adam" and "adamw".
-        schedule: "cosine" falls towards zero, which the step after the last would use; "constant" stays.
+        schedule: "cosine" falls towards ``final_lr``, which the step after the last would use; "step" is multiplied by
+            ``decay`` at each milestone; "constant" stays.
         warmup_epochs: the rate rises linearly over this many epochs first; fractions allowed.
+        warmup_lr: where that rise starts, and the last warm-up step then uses ``lr``; None starts one step above zero
+            and reaches ``lr`` with the first step after it.
+        final_lr: end of "cosine".
+        milestones: epochs, of "step".
+        decay: factor in (0, 1) at a milestone.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
@@ -35,19 +41,31 @@ class Optimization:
     weight_decay: float = 1e-4
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
     warmup_epochs: float = 0.0
+    warmup_lr: float | None = None
+    final_lr: float = 0.0
+    milestones: tuple[float, ...] = ()
+    decay: float = 0.1
 
     def __post_init__(self) -> None:
         _checks.choice("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
-        _checks.choice("schedule", self.schedule, ("constant", "cosine"))
+        _checks.choice("schedule", self.schedule, ("constant", "cosine", "step"))
         _checks.positive("lr", self.lr)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}.")
-        for name in ("weight_decay", "momentum", "warmup_epochs"):
+        for name in ("weight_decay", "momentum", "warmup_epochs", "warmup_lr", "final_lr"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and >= 0, got {value}.")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay must be in (0, 1), got {self.decay}.")
+        rising = all(a < b for a, b in zip((0.0, *self.milestones), self.milestones, strict=False))
+        if not rising or (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                "milestones must be rising epochs > 0 for schedule='step', and none for another, got "
+                f"{self.milestones} for {self.schedule!r}."
+            )
 
     def build(self, method: Method) -> dict[str, Optimizer]:
         """The optimisers of a method by name; one called "main" unless its groups name others.
@@ -74,17 +92,25 @@ class Optimization:
     def factor(self, progress: Progress) -> float:
         """Share of the peak learning rate that the next step uses, a function of the progress alone.
 
-        With w warm-up steps of S, step s (from 0) uses (s + 1) / (w + 1) while s < w, then for "cosine"
-        (1 + cos(pi (s - w) / (S - w))) / 2.
+        With w warm-up steps of S, step s (from 0) uses (s + 1) / (w + 1) while s < w, or with a ``warmup_lr``, as a
+        share r of ``lr``, r + (1 - r) s / (w - 1). After that "cosine" uses f + (1 - f) (1 + cos(pi (s - w) / (S - w)))
+        / 2 with f = final_lr / lr, and "step" ``decay`` to the number of milestones that lie behind.
         """
         steps_per_epoch = progress.total_steps / max(1, progress.total_epochs)
         warmup = min(round(self.warmup_epochs * steps_per_epoch), progress.total_steps)
         if progress.step < warmup:
-            return (progress.step + 1) / (warmup + 1)
+            if self.warmup_lr is None:
+                return (progress.step + 1) / (warmup + 1)
+            start = self.warmup_lr / self.lr
+            return start + (1 - start) * progress.step / max(1, warmup - 1)
         if self.schedule == "constant":
             return 1.0
+        if self.schedule == "step":
+            behind = sum(progress.step >= round(epoch * steps_per_epoch) for epoch in self.milestones)
+            return float(self.decay**behind)
         done = (progress.step - warmup) / max(1, progress.total_steps - warmup)
-        return (1 + math.cos(math.pi * min(1.0, done))) / 2
+        final = self.final_lr / self.lr
+        return final + (1 - final) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
     def set_rates(self, optimizers: dict[str, Optimizer], progress: Progress) -> None:
         """Give every parameter group its learning rate for the next step."""

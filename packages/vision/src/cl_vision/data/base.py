@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_core import _checks
 from cl_core.training.data import SPLITS, Data, Split
+from cl_vision.data.subsets import Subset
 from cl_vision.data.views import Images, PlainDataset, ViewDataset, Views, collate_views
 from cl_vision.transforms import EvaluationTransform, SimCLRTransform, ViewTransform
 
@@ -65,6 +66,7 @@ class ImageData(Data):
         validation: share of the training images held out for validation where the source has no such split.
         test: share of all images held out for testing where the source has no such split.
         split_seed: of the held-out rows.
+        subset: which of the remaining training images are trained on; None for all. Evaluation uses all.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -82,6 +84,7 @@ class ImageData(Data):
         validation: float = 0.1,
         test: float = 0.2,
         split_seed: int = 0,
+        subset: Subset | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers)
         for name, value in (("validation", validation), ("test", test)):
@@ -91,7 +94,7 @@ class ImageData(Data):
         _checks.count("num_views", num_views)
         self.root = data_root(root)
         self.image_size, self.num_views = image_size, num_views
-        self.validation, self.test, self.split_seed = validation, test, split_seed
+        self.validation, self.test, self.split_seed, self.subset = validation, test, split_seed, subset
         self.transform = self.default_transform() if transform is None else transform
         self.evaluation_transform = EvaluationTransform(image_size, self.mean, self.std)
 
@@ -129,6 +132,8 @@ class ImageData(Data):
     def train_dataset(self) -> ViewDataset:
         """Random views of the training images."""
         images, rows = self.splits["train"]
+        if self.subset is not None:
+            rows = self.subset.select(rows, images.labels[rows])
         if len(rows) < 2:
             raise ValueError(
                 f"{type(self).__name__} has {len(rows)} training image{'s' * (len(rows) != 1)}, but images are "

@@ -16,6 +16,7 @@ from torchvision import datasets
 
 from cl_core.training.data import Split
 from cl_vision.data.base import ImageData
+from cl_vision.data.subsets import Subset
 from cl_vision.data.views import ImageArray, Images
 from cl_vision.transforms import SimCLRTransform, SmallGrayTransform, ViewTransform
 
@@ -34,6 +35,7 @@ class _Benchmark(ImageData):
         num_views: int = 2,
         validation: float = 0.1,
         split_seed: int = 0,
+        subset: Subset | None = None,
         download: bool = False,
     ) -> None:
         super().__init__(
@@ -45,6 +47,7 @@ class _Benchmark(ImageData):
             num_views=num_views,
             validation=validation,
             split_seed=split_seed,
+            subset=subset,
         )
         self.download = download
 
@@ -69,6 +72,7 @@ class FashionMNIST(_Benchmark):
         num_views: random views an image.
         validation: share of each class of the training images held out for validation.
         split_seed: of the held-out rows.
+        subset: which of the remaining training images are trained on; None for all.
         download: fetch the files through torchvision where they are missing.
     """
 
@@ -86,6 +90,7 @@ class FashionMNIST(_Benchmark):
         num_views: int = 2,
         validation: float = 0.1,
         split_seed: int = 0,
+        subset: Subset | None = None,
         download: bool = False,
     ) -> None:
         super().__init__(
@@ -97,6 +102,7 @@ class FashionMNIST(_Benchmark):
             num_views=num_views,
             validation=validation,
             split_seed=split_seed,
+            subset=subset,
             download=download,
         )
 
@@ -153,6 +159,7 @@ class CIFAR10(_Benchmark):
         num_views: random views an image.
         validation: share of each class of the training images held out for validation.
         split_seed: of the held-out rows.
+        subset: which of the remaining training images are trained on; None for all.
         download: fetch the files through torchvision where they are missing.
     """
 
@@ -220,6 +227,7 @@ class STL10(_Benchmark):
         num_views: random views an image.
         validation: share of each class of the training images held out for validation.
         split_seed: of the held-out rows.
+        subset: which of the remaining training images are trained on; None for all.
         download: fetch the files through torchvision where they are missing.
         unlabelled: train on the unlabelled images as well (2.8 GB in memory).
     """
@@ -238,6 +246,7 @@ class STL10(_Benchmark):
         num_views: int = 2,
         validation: float = 0.1,
         split_seed: int = 0,
+        subset: Subset | None = None,
         download: bool = False,
         unlabelled: bool = True,
     ) -> None:
@@ -250,6 +259,7 @@ class STL10(_Benchmark):
             num_views=num_views,
             validation=validation,
             split_seed=split_seed,
+            subset=subset,
             download=download,
         )
         self.unlabelled = unlabelled

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from cl_core.training.data import Split
 from cl_vision.data.base import ImageData
+from cl_vision.data.subsets import Subset
 from cl_vision.data.views import ImageArray, Images
 from cl_vision.transforms import SmallGrayTransform, ViewTransform
 
@@ -26,6 +27,7 @@ class Digits(ImageData):
         validation: share of the training images held out for validation.
         test: share of all images held out for testing.
         split_seed: of the held-out rows.
+        subset: which of the remaining training images are trained on; None for all.
     """
 
     mean = (0.305,)
@@ -42,6 +44,7 @@ class Digits(ImageData):
         validation: float = 0.2,
         test: float = 0.2,
         split_seed: int = 0,
+        subset: Subset | None = None,
     ) -> None:
         if image_size < 8:
             raise ValueError(f"image_size must be >= 8, the size of the digits, got {image_size}.")
@@ -54,6 +57,7 @@ class Digits(ImageData):
             validation=validation,
             test=test,
             split_seed=split_seed,
+            subset=subset,
         )
 
     def default_transform(self) -> ViewTransform:

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional
 from cl_core import _checks
 from cl_core.training.data import Split
 from cl_vision.data.base import ImageData
+from cl_vision.data.subsets import Subset
 from cl_vision.data.views import Images
 from cl_vision.transforms import SimCLRTransform, ViewTransform
 
@@ -64,6 +65,7 @@ class ImageFolder(ImageData):
         validation: share of each class held out for validation where there is no folder for it.
         test: share of each class held out for testing where there is no folder for it.
         split_seed: of the held-out rows.
+        subset: which of the remaining training images are trained on; None for all.
         channels: 3 for colour, 1 for grey.
         labels: True: subfolders, at least two, are classes; False: they are not; None: they are if there are
             that many and no images beside them.
@@ -85,6 +87,7 @@ class ImageFolder(ImageData):
         validation: float = 0.1,
         test: float = 0.2,
         split_seed: int = 0,
+        subset: Subset | None = None,
         channels: Literal[1, 3] = 3,
         labels: bool | None = None,
         on_error: Literal["raise", "skip"] = "raise",
@@ -109,6 +112,7 @@ class ImageFolder(ImageData):
             validation=validation,
             test=test,
             split_seed=split_seed,
+            subset=subset,
         )
         self.channels, self.labels, self.on_error = channels, labels, on_error
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from cl_core.training.data import Split
 from cl_vision.data.base import ImageData
+from cl_vision.data.subsets import Subset
 from cl_vision.data.views import ImageArray, Images
 from cl_vision.transforms import ViewTransform
 
@@ -40,6 +41,7 @@ class PackedCIFAR10(ImageData):
         num_views: random views an image.
         validation: share of each class of the training images held out for validation.
         split_seed: of the held-out rows.
+        subset: which of the remaining training images are trained on; None for all.
         train_size: use only this many training images (a balanced prefix, before validation is held out).
         test_size: use only this many test images.
     """
@@ -58,6 +60,7 @@ class PackedCIFAR10(ImageData):
         num_views: int = 2,
         validation: float = 0.1,
         split_seed: int = 0,
+        subset: Subset | None = None,
         train_size: int | None = None,
         test_size: int | None = None,
     ) -> None:
@@ -70,6 +73,7 @@ class PackedCIFAR10(ImageData):
             num_views=num_views,
             validation=validation,
             split_seed=split_seed,
+            subset=subset,
         )
         for name, size in (("train_size", train_size), ("test_size", test_size)):
             if size is not None and size < 1:

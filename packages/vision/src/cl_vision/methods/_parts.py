@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
 
 def check_parts(
-    encoder: Encoder, loss: ContrastiveLoss, kind: type[ContrastiveLoss], called_with: str
+    encoder: Encoder, loss: ContrastiveLoss, *kinds: type[ContrastiveLoss], called_with: str
 ) -> None:
-    """Refuse anything but an encoder and a loss of a kind."""
+    """Refuse anything but an encoder and a loss of one of the kinds."""
     if not isinstance(encoder, Encoder):
         raise TypeError(f"encoder must be a cl_vision Encoder, got {type(encoder).__name__}.")
-    if not isinstance(loss, kind):
-        raise TypeError(
-            f"loss must be a {kind.__name__}, called with {called_with}, got {type(loss).__name__}."
-        )
+    if not isinstance(loss, kinds):
+        names = " or a ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"loss must be a {names}, called with {called_with}, got {type(loss).__name__}.")
 
 
 def built(name: str, head: Projector, in_dim: int, of: str) -> Projector:
@@ -59,6 +58,19 @@ def two_views(method: Method, batch: Views) -> tuple[Tensor, Tensor]:
         )
     first, second = batch.views
     return first, second
+
+
+def views_for(method: Method, batch: Views) -> tuple[Tensor, ...]:
+    """The views of a batch of two or more images, more than two where the criterion takes them."""
+    check_views(method, batch)
+    count = len(batch.views)
+    if count > 2 and not method.criterion.several_views:  # type: ignore[union-attr]
+        name = type(method.criterion).__name__
+        raise ValueError(
+            f"{name} compares 2 views, got {count}: pass --data.num_views 2, or a loss that takes more, such as "
+            "CACRLoss."
+        )
+    return batch.views
 
 
 def check_views(method: Method, batch: Views) -> None:

@@ -48,7 +48,7 @@ class NNCLR(Method):
         support_size: int = 16384,
     ) -> None:
         super().__init__()
-        check_parts(encoder, loss, QueryKeyLoss, "(query, key, negatives)")
+        check_parts(encoder, loss, QueryKeyLoss, called_with="(query, key, negatives)")
         self.encoder, self.criterion, self.support_size = encoder, loss, support_size
         projector = projector or MLPProjector(hidden_dim=2048, out_dim=256, layers=3)
         self.projector, self.predictor = with_predictor(encoder, projector, predictor)

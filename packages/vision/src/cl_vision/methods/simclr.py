@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from cl_core.losses import TwoViewLoss
 from cl_core.method import Method
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_parts, check_views
+from cl_vision.methods._parts import built, check_parts, views_for
 from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
@@ -36,23 +35,14 @@ class SimCLR(Method):
 
     def __init__(self, encoder: Encoder, loss: TwoViewLoss, projector: Projector | None = None) -> None:
         super().__init__()
-        check_parts(encoder, loss, TwoViewLoss, "(z1, z2)")
+        check_parts(encoder, loss, TwoViewLoss, called_with="(z1, z2)")
         self.encoder, self.criterion = encoder, loss
         self.projector = built("projector", projector or MLPProjector(), encoder.dim, "the encoder's dim")
 
     def loss(self, batch: Views) -> Tensor:
-        """Loss of two views, or of more where the criterion takes a sequence of them; a scalar."""
-        check_views(self, batch)
-        views = len(batch.views)
-        if views > 2 and not _takes_a_sequence(self.criterion):
-            raise ValueError(
-                f"{type(self.criterion).__name__} compares 2 views, got {views}: pass --data.num_views 2, or a loss "
-                "that takes more, such as NTXentLoss."
-            )
-        projections = [self.project(view) for view in batch.views]
-        if views == 2:
-            return self.criterion(*projections)
-        return self.criterion(projections)
+        """Loss of two views, or of more where the criterion takes a list of them; a scalar."""
+        projections = [self.project(view) for view in views_for(self, batch)]
+        return self.criterion(*projections) if len(projections) == 2 else self.criterion(projections)
 
     def project(self, images: Tensor) -> Tensor:
         """What the loss sees of images (N, C, H, W), shape (N, projector.out_dim)."""
@@ -61,12 +51,3 @@ class SimCLR(Method):
     def embed(self, images: Tensor) -> Tensor:
         """Features of images (N, C, H, W), shape (N, encoder.dim)."""
         return self.encoder(images)
-
-
-def _takes_a_sequence(loss: TwoViewLoss) -> bool:
-    """Whether a loss can be called with one argument, which then is a sequence of views."""
-    try:
-        inspect.signature(loss.forward).bind(())
-    except TypeError:
-        return False
-    return True
