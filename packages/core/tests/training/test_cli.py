@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from cl_core.training import cli
 from cl_core.training.artifacts import load_export
+from cl_core.training.run import RunFolder
 
 QUICK = """
 model:
@@ -505,6 +506,19 @@ def test_reproduce_writes_a_table_and_goes_on_where_it_was_cut(command, tiny, mo
     calls.clear()
     assert command("reproduce", "grid", "--output", "out")[0] == 0
     assert calls == []
+
+
+def test_several_processes_share_a_grid(command):
+    """What another process trains is left to it, and the rest goes on."""
+    Path("grid.yaml").write_text(GRID.replace("seeds: [0, 1]", "seeds: [0]"))
+    Path("out/a-wide-seed0").mkdir(parents=True)
+    with RunFolder(Path("out/a-wide-seed0")).locked():
+        status, out, _ = command("reproduce", "grid.yaml", "--output", "out")
+    assert status == 0
+    assert "another process trains in out/a-wide-seed0: left to it" in out
+    assert [row["method"] for row in json.loads(Path("out/results.json").read_text())] == ["B"]
+    assert command("reproduce", "grid.yaml", "--output", "out")[0] == 0
+    assert [row["method"] for row in json.loads(Path("out/results.json").read_text())] == ["A", "B"]
 
 
 def test_reproduce_refuses_a_folder_of_other_settings(command):

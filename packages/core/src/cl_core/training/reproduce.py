@@ -131,6 +131,9 @@ def reproduce_command(domain: Domain, args: list[str]) -> None:
 def reproduce(domain: Domain, name: str, *, output: str | Path, seeds: Sequence[int] | None = None) -> str:
     """Run a grid; cells that are finished in ``output`` are not run again, a cut one is resumed.
 
+    Several processes may be started on one ``output``: each leaves a run to the one that trains it and takes the next.
+    The table of the last to finish holds all.
+
     Args:
         domain: whose grid it is.
         name: of a shipped grid, or a file.
@@ -155,7 +158,10 @@ def reproduce(domain: Domain, name: str, *, output: str | Path, seeds: Sequence[
     table = ""
     for place, (cell, seed) in enumerate(queue):
         print(f"[{place + 1}/{len(queue)}] {cell.method}, {cell.setting}, seed {seed}", flush=True)
-        _run_cell(domain, cell, seed, folder)
+        try:
+            _run_cell(domain, cell, seed, folder)
+        except BlockingIOError as error:  # several processes may share a queue
+            print(f"{error.strerror}: left to it", flush=True)
         results = _collect(grid, chosen, folder)
         table = markdown(grid, results)
         write_atomically(folder / "results.json", to_json(results))
