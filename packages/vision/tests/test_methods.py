@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from cl_core import plugins
-from cl_core.losses import DCLLoss, InfoNCELoss
+from cl_core.losses import DCLLoss, InfoNCELoss, SwAVLoss
 from cl_core.testing import method_checks
 from cl_core.testing.methods import CHECKS, BareTraining, Case
 from cl_core.training import LitMethod, Optimization
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
-from cl_vision.methods import NNCLR, MoCo, MoCoV3, SimCLR
+from cl_vision.methods import NNCLR, MoCo, MoCoV3, SimCLR, SwAV
 from cl_vision.projectors import MLPProjector
 
 # {method: {check: reason}}: the one place where a method may be excused from a check.
@@ -48,12 +48,19 @@ def nnclr():
     return NNCLR(SmallConvNet(4, in_channels=1), InfoNCELoss(0.2), head, predictor, support_size=32)
 
 
+def swav():
+    head = MLPProjector(hidden_dim=24, out_dim=16)
+    options = {"num_prototypes": 8, "freeze_epochs": 0.0, "queue_size": 20, "queue_from_epoch": 0}
+    return SwAV(SmallConvNet(4, in_channels=1), SwAVLoss(), head, **options)
+
+
 # A tiny instance of every registered method, and its loss after two steps of the battery's training.
 TINY = {
     "MoCo": (moco, 2.276033),
     "MoCoV3": (moco_v3, 1.87662),
     "NNCLR": (nnclr, 2.700348),
     "SimCLR": (simclr, -0.6033516),
+    "SwAV": (swav, 1.012586),
 }
 
 

@@ -61,6 +61,9 @@ class Method(nn.Module):
     def on_epoch_start(self, progress: Progress) -> None:
         """Hook: before the first batch of an epoch (clustering, curricula)."""
 
+    def before_step(self, progress: Progress) -> None:
+        """Hook: after the backward, before each optimiser steps (a gradient set to None holds its parameter still)."""
+
     def after_step(self, progress: Progress) -> None:
         """Hook: after each optimiser step, once (momentum encoders, schedules), also when accumulating."""
 

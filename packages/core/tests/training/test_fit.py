@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cl_core.losses import CACRLoss, ContrastiveLoss
 from cl_core.training import artifacts, fitting
 from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.evaluating import Evaluation, evaluate
@@ -101,6 +102,59 @@ def test_losses_with_a_temperature_report_their_coupling(tiny):
     assert result.table[-1]["train/npc_factor"] == pytest.approx(
         float(npc_factor(*seen[-1], temperature=0.5))
     )
+
+
+def test_what_a_loss_measures_is_reported(tiny):
+    """Also of one that takes neither views nor labels, which has no other measures."""
+
+    class Watched(ContrastiveLoss):
+        def forward(self, one, *, other):
+            return (one - other).square().mean()
+
+        def measures(self, one, *, other):
+            return {"gap": (one - other).detach().abs().mean()}
+
+    class Calling(tiny.TinyMethod):
+        def loss(self, batch):
+            return self.criterion(self.encoder(batch[0]), other=self.encoder(batch[1]))
+
+    for kind in (Watched, Calling):
+        kind.__module__, kind.__qualname__ = "tiny", kind.__name__
+        setattr(tiny, kind.__name__, kind)
+    result = run(tiny, method=Calling(tiny.TinyEncoder(), Watched()), epochs=2)
+    assert all(row["train/gap"] > 0 for row in result.table)
+    assert "train/uniformity" not in result.table[-1]
+
+
+def test_of_several_views_the_first_two_are_measured(tiny):
+    class Three(tiny.TinyMethod):
+        def loss(self, batch):
+            views = [self.encoder(batch[0]), self.encoder(batch[1]), self.encoder(batch[1])]
+            return self.criterion(views)
+
+    Three.__module__, Three.__qualname__ = "tiny", "Three"
+    tiny.Three = Three
+    result = run(tiny, method=Three(tiny.TinyEncoder(), CACRLoss()), epochs=1)
+    measured = result.table[-1]
+    assert {"train/attraction", "train/positive_weight_entropy", "train/alignment"} <= measured.keys()
+    assert "train/npc_factor" not in measured
+
+
+def test_a_method_may_hold_a_parameter_still(tiny):
+    class Frozen(tiny.TinyMethod):
+        def before_step(self, progress):
+            if progress.step < 5:
+                self.encoder.layers[0].weight.grad = None
+
+    Frozen.__module__, Frozen.__qualname__ = "tiny", "Frozen"
+    tiny.Frozen = Frozen
+    weights = []
+    for epochs in (1, 2):
+        method = Frozen(tiny.TinyEncoder(), tiny.TinyLoss())
+        weights.append(method.encoder.layers[0].weight.detach().clone())
+        run(tiny, method=method, epochs=epochs, name=f"frozen {epochs}")
+        moved = not torch.equal(weights[-1], method.encoder.layers[0].weight.detach())
+        assert moved == (epochs == 2)
 
 
 def test_training_lowers_the_loss(tiny):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -43,7 +44,9 @@ def test_steps_fall_at_their_epochs():
     assert found == [1.0] * 8 + [0.5] * 10 + [0.25] * 3
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW"), ("lars", "Lars")]
+)
 def test_optimisers_and_rates_of_groups(tiny, name, kind):
     optimization = Optimization(optimizer=name, lr=0.2, weight_decay=0.1)
     built = optimization.build(tiny.method(tiny.TwoOptimisers))
@@ -60,7 +63,8 @@ def test_optimisers_and_rates_of_groups(tiny, name, kind):
         {"lr": 0.0},
         {"weight_decay": -1.0},
         {"warmup_epochs": float("nan")},
-        {"optimizer": "lars"},
+        {"optimizer": "lamb"},
+        {"trust_coefficient": 0.0},
         {"schedule": "x"},
         {"milestones": (3,)},
         {"milestones": (3, 2), "schedule": "step"},
@@ -72,6 +76,26 @@ def test_optimisers_and_rates_of_groups(tiny, name, kind):
 def test_bad_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         Optimization(**settings)
+
+
+def test_lars_without_its_library_says_what_to_install(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim.lars", None)
+    with pytest.raises(ValueError, match=r"optimizer 'lars' needs timm: pip install 'cl-core\[lars\]'"):
+        Optimization(optimizer="lars").build(tiny.method())
+
+
+def test_lars_scales_what_decays_and_nothing_else(tiny):
+    method = tiny.method()
+    (optimizer,) = Optimization(optimizer="lars", lr=1.0, momentum=0.0).build(method).values()
+    before = [p.detach().clone() for p in method.parameters()]
+    for parameter in method.parameters():
+        parameter.grad = torch.full_like(parameter, 10.0)
+    optimizer.step()
+    for old, new in zip(before, method.parameters(), strict=True):
+        scale = 0.001 * old.norm() / (10 * old.numel() ** 0.5) if old.ndim > 1 else 1.0
+        torch.testing.assert_close(
+            old - new.detach(), torch.full_like(old, 10.0) * scale, rtol=1e-2, atol=1e-4
+        )
 
 
 def test_a_step_schedule_needs_milestones():

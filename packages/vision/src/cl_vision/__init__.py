@@ -11,17 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cl_vision import data, encoders, figures, methods, projectors, transforms
+    from cl_vision.methods import NNCLR, MoCo, MoCoV3, SimCLR, SwAV
     from cl_vision.probe import probe_folder
 
 __version__ = version("cl-vision")
-__all__ = ["data", "encoders", "figures", "methods", "probe_folder", "projectors", "transforms"]
+_MODULES = ("data", "encoders", "figures", "methods", "projectors", "transforms")
+__all__ = [
+    "NNCLR",
+    "MoCo",
+    "MoCoV3",
+    "SimCLR",
+    "SwAV",
+    "data",
+    "encoders",
+    "figures",
+    "methods",
+    "probe_folder",
+    "projectors",
+    "transforms",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name == "probe_folder":
         return importlib.import_module("cl_vision.probe").probe_folder
-    if name in __all__:
+    if name in _MODULES:
         return importlib.import_module(f"cl_vision.{name}")
+    if name in __all__:
+        return getattr(importlib.import_module("cl_vision.methods"), name)
     raise AttributeError(f"module 'cl_vision' has no attribute {name!r}")
 
 

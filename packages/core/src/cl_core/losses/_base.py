@@ -43,11 +43,12 @@ class ContrastiveLoss(nn.Module):
         """The constructor's arguments as they stand now: what the functional form is called with."""
         return {name: getattr(self, name) for name in self._names}
 
-    def measures(self, *inputs: Any) -> dict[str, Tensor]:
+    def measures(self, *inputs: Any, **options: Any) -> dict[str, Tensor]:
         """What is worth watching of a batch beside its loss: names and scalars, without gradient.
 
         Args:
             inputs: as :meth:`forward` takes them.
+            options: likewise.
         """
         return {}
 

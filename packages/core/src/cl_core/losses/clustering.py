@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +16,9 @@ from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 from cl_core.losses._base import PrototypeLoss, ScoresLoss
 from cl_core.losses._common import check_rows, inverse, reduce
+
+_UNIFORM = 0.98  # of the largest entropy
+_ONE_FOR_ALL = 0.5  # of the samples
 
 
 def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, group: Group = None) -> Tensor:
@@ -332,6 +337,45 @@ class SwAVLoss(ScoresLoss):
     def forward(self, *scores: Tensor, queue: Sequence[Tensor] | None = None) -> Tensor:
         """Loss of the scores (N, K) of two or more crops, with optional scores (Q, K) of a queue for each code."""
         return swav_loss(*scores, queue=queue, **self.hyperparameters())
+
+    @torch.no_grad()
+    def measures(self, *scores: Tensor, queue: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """How codes and predictions use the prototypes; warns where they have collapsed.
+
+        ``code_entropy`` and ``prediction_entropy`` are means over samples, as shares of log K: 1 where all prototypes
+        look alike, and then the loss stands still at log K. ``code_usage`` is the entropy of the mean code as a share
+        of log K: 1 where all prototypes are used equally. ``largest_prototype_share`` is the share of samples with
+        the most frequent best prototype of their scores. Of this process's rows.
+        """
+        split, log_k = shard(scores[0], None), math.log(max(2, scores[0].shape[1]))
+        given = [scores[crop] for crop in self.assignment_crops]  # type: ignore[union-attr]
+        options = self.hyperparameters()
+        codes = torch.cat(_codes_of_crops(given, queue, options["epsilon"], options["iterations"], split))
+        predictions = torch.cat(
+            [(similarity.at_least_float32(s) / options["temperature"]).softmax(1) for s in scores]
+        )
+        best = torch.bincount(torch.cat(given).argmax(1), minlength=scores[0].shape[1])
+        found = {
+            "code_entropy": torch.special.entr(codes).sum(1).mean() / log_k,
+            "code_usage": torch.special.entr(codes.mean(0)).sum() / log_k,
+            "prediction_entropy": torch.special.entr(predictions).sum(1).mean() / log_k,
+            "largest_prototype_share": best.max() / best.sum(),
+        }
+        if found["code_entropy"] > _UNIFORM:
+            warnings.warn(
+                f"SwAV's codes are uniform ({found['code_entropy']:.1%} of the largest entropy), so the loss stays at "
+                f"log K = {log_k:.2f}: take a smaller epsilon (0.03), fewer prototypes, a longer freeze of the "
+                "prototypes, a lower rate or milder views.",
+                stacklevel=2,
+            )
+        elif found["largest_prototype_share"] > _ONE_FOR_ALL:
+            warnings.warn(
+                f"one prototype is the best of {found['largest_prototype_share']:.0%} of SwAV's samples, so embeddings "
+                "have collapsed or nearly: check that rows have unit length, use more iterations of Sinkhorn or a "
+                "lower rate.",
+                stacklevel=2,
+            )
+        return found
 
 
 class PrototypeNCELoss(PrototypeLoss):

@@ -98,6 +98,7 @@ class BareTraining:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         loss.backward()
+        self.method.before_step(self._progress(self.step // STEPS_PER_EPOCH))
         for optimizer in self.optimizers.values():
             optimizer.step()
         return loss.detach()

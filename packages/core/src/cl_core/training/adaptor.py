@@ -185,7 +185,8 @@ class LitMethod(pl.LightningModule):
         self._after_step()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip under manual optimisation; here gradients are no longer scaled for half precision."""
+        """Tell the method, and clip under manual optimisation; gradients are no longer scaled for half precision."""
+        self.method.before_step(self.progress)
         if not self.automatic_optimization and self.gradient_clip is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)

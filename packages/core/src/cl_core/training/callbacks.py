@@ -96,7 +96,7 @@ class Diagnostics(pl.Callback):
         progress = pl_module.progress
         due = due or progress.step + 1 >= progress.total_steps  # max_steps may end it inside an epoch
         if due and trainer.is_global_zero and isinstance(criterion, ContrastiveLoss):
-            self._handle = criterion.register_forward_pre_hook(self._listen)
+            self._handle = criterion.register_forward_pre_hook(self._listen, with_kwargs=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -130,9 +130,9 @@ class Diagnostics(pl.Callback):
         pl_module.report("train/negative_similarity", float(scores.negative.mean))
         self._store(pl_module.steps_done, first, second)
 
-    def _listen(self, module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _listen(self, module: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         # Now, as a queue has taken in these keys when the epoch ends.
-        self._measures = module.measures(*inputs)  # type: ignore[operator]
+        self._measures = module.measures(*inputs, **options)  # type: ignore[operator]
         pair = _first_pair(inputs) if isinstance(module, TwoViewLoss | LabelledLoss) else None
         if pair is None:
             return

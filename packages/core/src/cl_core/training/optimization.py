@@ -21,10 +21,11 @@ class Optimization:
     """Optimiser and learning rate.
 
     Args:
-        optimizer: "sgd", "adam" or "adamw".
+        optimizer: "sgd", "adam", "adamw", or "lars": SGD whose rate for each matrix and filter is scaled by the ratio
+            of the norms of weights and gradient (timm's, installed by ``cl-core[lars]``).
         lr: peak learning rate, for the batch size used; no scaling happens behind the scenes.
         weight_decay: on matrices and filters; ``Method.parameter_groups`` exempts biases and norms.
-        momentum: of "sgd".
+        momentum: of "sgd" and "lars".
         betas: of "adam" and "adamw".
         schedule: "cosine" falls towards ``final_lr``, which the step after the last would use; "step" is multiplied by
             ``decay`` at each milestone; "constant" stays.
@@ -34,9 +35,14 @@ class Optimization:
         final_lr: end of "cosine".
         milestones: epochs, of "step".
         decay: factor in (0, 1) at a milestone.
+        trust_coefficient: > 0, of "lars": the ratio times this is the scale.
+        trust_clip: for "lars", let no scaled rate exceed the rate itself (LARC).
+
+    Reference of "lars": You et al., "Large Batch Training of Convolutional Networks", arXiv 1708.03888. Parameters
+    without weight decay, so biases and norms, are not scaled.
     """
 
-    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    optimizer: Literal["sgd", "adam", "adamw", "lars"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 1e-4
     momentum: float = 0.9
@@ -47,9 +53,12 @@ class Optimization:
     final_lr: float = 0.0
     milestones: tuple[float, ...] = ()
     decay: float = 0.1
+    trust_coefficient: float = 0.001
+    trust_clip: bool = False
 
     def __post_init__(self) -> None:
-        _checks.choice("optimizer", self.optimizer, ("sgd", "adam", "adamw"))
+        _checks.choice("optimizer", self.optimizer, ("sgd", "adam", "adamw", "lars"))
+        _checks.positive("trust_coefficient", self.trust_coefficient)
         _checks.choice("schedule", self.schedule, ("constant", "cosine", "step"))
         _checks.positive("lr", self.lr)
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -86,6 +95,13 @@ class Optimization:
     def _optimizer(self, groups: list[dict[str, object]]) -> Optimizer:
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        if self.optimizer == "lars":
+            try:
+                from timm.optim.lars import Lars
+            except ImportError:
+                raise ValueError("optimizer 'lars' needs timm: pip install 'cl-core[lars]'.") from None
+            trust = {"trust_coeff": self.trust_coefficient, "trust_clip": self.trust_clip}
+            return Lars(groups, lr=self.lr, momentum=self.momentum, **trust)  # type: ignore[no-untyped-call]
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]))
 

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from cl_vision.methods.moco import MoCo, MoCoV3
     from cl_vision.methods.nnclr import NNCLR
     from cl_vision.methods.simclr import SimCLR
+    from cl_vision.methods.swav import SwAV
 
-_HOME = {"MoCo": "moco", "MoCoV3": "moco", "NNCLR": "nnclr", "SimCLR": "simclr"}
-__all__ = ["NNCLR", "MoCo", "MoCoV3", "SimCLR"]
+_HOME = {"MoCo": "moco", "MoCoV3": "moco", "NNCLR": "nnclr", "SimCLR": "simclr", "SwAV": "swav"}
+__all__ = ["NNCLR", "MoCo", "MoCoV3", "SimCLR", "SwAV"]
 
 
 def __getattr__(name: str) -> Any:

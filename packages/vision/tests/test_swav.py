@@ -1,0 +1,197 @@
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from cl_core.functional import swav_loss
+from cl_core.losses import SwAVLoss
+from cl_core.method import Progress
+from cl_core.testing import Ranks
+from cl_vision.data import Views
+from cl_vision.encoders import SmallConvNet
+from cl_vision.methods import SwAV
+from cl_vision.projectors import MLPProjector
+
+
+def crops(seed=0, rows=8, sizes=(16, 16, 8, 8)):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(rows, 1, 2, 2, generator=generator)
+    made = []
+    for size in sizes:
+        images = coarse.repeat_interleave(size // 2, 2).repeat_interleave(size // 2, 3)
+        made.append(images + 0.1 * torch.randn(images.shape, generator=generator))
+    return Views(tuple(made), torch.arange(rows), torch.arange(rows))
+
+
+def swav(loss=None, *, norm="group", seed=0, **options):
+    torch.manual_seed(seed)
+    head = MLPProjector(hidden_dim=24, out_dim=12, norm="none")
+    settings = {"num_prototypes": 6, "queue_from_epoch": 0, **options}
+    return SwAV(SmallConvNet(4, in_channels=1, norm=norm), loss or SwAVLoss(), head, **settings)
+
+
+def step(method, batch, done=0, total=10, epochs=2, lr=0.1):
+    optimiser = torch.optim.SGD(method.parameters(), lr=lr, weight_decay=0.1)
+    loss = method(batch)
+    loss.backward()
+    method.before_step(Progress(done, total, done * epochs // total, epochs))
+    optimiser.step()
+    method.after_step(Progress(done + 1, total, done * epochs // total, epochs))
+    return loss.item()
+
+
+def unit(rows):
+    return nn.functional.normalize(rows, dim=1)
+
+
+def test_all_crops_predict_the_codes_of_the_first_two():
+    method, batch = swav(), crops()
+    rows = [unit(method.projector(method.encoder(view))) for view in batch.views]
+    expected = swav_loss(*[z @ method.prototypes.T for z in rows])
+    torch.testing.assert_close(method(batch), expected)
+
+
+def test_crops_of_one_size_share_a_pass_and_all_share_the_head():
+    """What batch statistics show: those of the encoder are of a size's crops, those of the head of all."""
+    method, batch = swav(norm="batch"), crops()
+    method.projector = MLPProjector(32, 24, 12)
+    calls = []
+    method.encoder.register_forward_pre_hook(lambda _, given: calls.append(tuple(given[0].shape)))
+    method.projector.register_forward_pre_hook(lambda _, given: calls.append(tuple(given[0].shape)))
+    method(batch)
+    assert calls == [(16, 1, 16, 16), (16, 1, 8, 8), (32, 32)]
+
+
+def test_small_crops_receive_a_gradient_and_give_no_codes():
+    method, batch = swav(), crops()
+    views = tuple(view.requires_grad_() for view in batch.views)
+    method(batch._replace(views=views)).backward()
+    assert all(view.grad.abs().sum() > 0 for view in views)
+    more = batch._replace(views=(*batch.views[:3], batch.views[3].flip(0)))
+    codes = []
+    for given in (batch, more):
+        rows = [unit(method.projector(method.encoder(view))) for view in given.views[:2]]
+        codes.append([z @ method.prototypes.T for z in rows])
+    assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
+
+
+def test_prototypes_stay_frozen_then_move_and_keep_unit_length():
+    method = swav(freeze_epochs=0.5)  # 5 steps an epoch, so steps 0 to 2
+    before = method.prototypes.detach().clone()
+    for done in range(3):
+        step(method, crops(done), done)
+        torch.testing.assert_close(method.prototypes.detach(), before)
+    step(method, crops(3), 3)
+    assert (method.prototypes - before).abs().max() > 1e-4
+    torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(6))
+
+
+def test_queue_fills_from_its_epoch_and_acts_when_full():
+    method = swav(queue_size=16, queue_from_epoch=1)
+    losses = []
+    for done in range(4):
+        method.on_epoch_start(Progress(done, 8, done // 2, 2))
+        plain = copy.deepcopy(method)
+        plain.queues = nn.ModuleList()
+        losses.append(math.isclose(plain(crops(done)).item(), step(method, crops(done), done, 8)))
+    assert [queue.filled for queue in method.queues] == [16, 16]
+    assert losses == [True] * 4
+    plain = copy.deepcopy(method)
+    plain.queues = nn.ModuleList()
+    assert not math.isclose(plain(crops(9)).item(), method(crops(9)).item(), rel_tol=1e-5)
+    rows = unit(method.projector(method.encoder(crops(9).views[1])))
+    torch.testing.assert_close(method.queues[1].embeddings[:8], rows.detach())
+
+
+def test_queue_is_left_alone_in_evaluation():
+    method = swav(queue_size=16).eval()
+    method(crops())
+    assert method.queues[0].filled == 0
+
+
+def test_training_makes_codes_predictable():
+    method = swav(norm="batch", num_prototypes=8)
+    optimiser = torch.optim.Adam(method.parameters(), lr=3e-3)
+    losses = []
+    for seed in range(60):
+        loss = method(crops(seed % 10))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        method.after_step(Progress(seed + 1, 60, 0, 1))
+        losses.append(loss.item())
+    assert losses[0] > 0.8 * math.log(8)
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+
+def test_more_prototypes_than_rows_are_warned_of_once():
+    method = swav(num_prototypes=60, queue_size=16)
+    with pytest.warns(UserWarning, match="60 prototypes, but a batch of 8 images and a queue of 16 rows"):
+        method(crops())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method(crops())
+        swav(num_prototypes=24, queue_size=16)(crops())
+
+
+def test_bad_parts_get_one_sentence():
+    from cl_core.losses import DCLLoss
+
+    with pytest.raises(
+        TypeError, match=r"loss must be a ScoresLoss, called with \(\*scores, queue\), got DCLLoss"
+    ):
+        swav(DCLLoss())
+    with pytest.raises(ValueError, match="num_prototypes must be at least 2, got 1"):
+        swav(num_prototypes=1)
+    with pytest.raises(ValueError, match="freeze_epochs must be at least 0"):
+        swav(freeze_epochs=-1.0)
+    with pytest.raises(ValueError, match="compares views, so a batch needs at least 2"):
+        swav()(crops(sizes=(8,)))
+
+
+def test_half_precision_makes_codes_in_full():
+    method = swav()
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = method.project(crops().views)
+        scores = method.scores(rows[0])
+        loss = method(crops())
+    assert scores.dtype == torch.float32
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert method.prototypes.grad.isfinite().all()
+
+
+def on_a_rank(group, batches):
+    method = swav(SwAVLoss(group=group), queue_size=16, freeze_epochs=0.0).double()
+    optimiser = torch.optim.SGD(method.parameters(), lr=0.1)
+    rank = 0 if group is None else torch.distributed.get_rank(group)
+    own = slice(None) if group is None else slice(0, 5) if rank == 0 else slice(5, 8)
+    losses = []
+    for batch in batches:
+        views = tuple(view[own].double() for view in batch.views)
+        loss = method(Views(views, batch.labels[own], batch.index[own]))
+        optimiser.zero_grad()
+        loss.backward()
+        loss = loss.detach()
+        if group is not None:
+            for value in (loss, *(p.grad for p in method.parameters())):
+                torch.distributed.all_reduce(value, group=group)
+                value /= 2
+        optimiser.step()
+        method.after_step(Progress(1, 10, 0, 1))
+        losses.append(loss.item())
+    return losses, [p.detach().clone() for p in method.parameters()]
+
+
+def test_two_processes_train_as_one():
+    """Codes are balanced over the rows of both, and the queue holds the rows of both."""
+    batches = [crops(seed) for seed in range(4)]
+    losses, parameters = on_a_rank(None, batches)
+    with Ranks(2) as ranks:
+        for their_losses, their_parameters in ranks.run(on_a_rank, batches, world_size=2):
+            assert their_losses == pytest.approx(losses, rel=1e-9)
+            for ours, theirs in zip(parameters, their_parameters, strict=True):
+                torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-9)
