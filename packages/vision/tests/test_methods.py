@@ -10,13 +10,22 @@ import torch
 from torch.utils.data import DataLoader
 
 from cl_core import plugins
-from cl_core.losses import DCLLoss, InfoNCELoss, SwAVLoss
+from cl_core.losses import (
+    BarlowTwinsLoss,
+    BYOLLoss,
+    DCLLoss,
+    InfoNCELoss,
+    NegativeCosineSimilarityLoss,
+    SupConLoss,
+    SwAVLoss,
+    VICRegLoss,
+)
 from cl_core.testing import method_checks
 from cl_core.testing.methods import CHECKS, BareTraining, Case
 from cl_core.training import LitMethod, Optimization
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
-from cl_vision.methods import NNCLR, MoCo, MoCoV3, SimCLR, SwAV
+from cl_vision.methods import BYOL, NNCLR, BarlowTwins, MoCo, MoCoV3, SimCLR, SimSiam, SupCon, SwAV, VICReg
 from cl_vision.projectors import MLPProjector
 
 # {method: {check: reason}}: the one place where a method may be excused from a check.
@@ -54,13 +63,42 @@ def swav():
     return SwAV(SmallConvNet(4, in_channels=1), SwAVLoss(), head, **options)
 
 
+def heads():
+    return [MLPProjector(hidden_dim=24, out_dim=16) for _ in range(2)]
+
+
+def byol():
+    return BYOL(SmallConvNet(4, in_channels=1), BYOLLoss(), *heads(), momentum=0.9)
+
+
+def simsiam():
+    return SimSiam(SmallConvNet(4, in_channels=1), NegativeCosineSimilarityLoss(), *heads())
+
+
+def barlow_twins():
+    return BarlowTwins(SmallConvNet(4, in_channels=1), BarlowTwinsLoss(), heads()[0])
+
+
+def vicreg():
+    return VICReg(SmallConvNet(4, in_channels=1), VICRegLoss(), heads()[0])
+
+
+def supcon():
+    return SupCon(SmallConvNet(4, in_channels=1), SupConLoss(0.2), heads()[0])
+
+
 # A tiny instance of every registered method, and its loss after two steps of the battery's training.
 TINY = {
+    "BYOL": (byol, 2.834877),
+    "BarlowTwins": (barlow_twins, 0.2800587),
     "MoCo": (moco, 2.276033),
     "MoCoV3": (moco_v3, 1.87662),
     "NNCLR": (nnclr, 2.700348),
     "SimCLR": (simclr, -0.6033516),
+    "SimSiam": (simsiam, -0.2355113),
+    "SupCon": (supcon, 2.827545),
     "SwAV": (swav, 1.012586),
+    "VICReg": (vicreg, 14.74679),
 }
 
 

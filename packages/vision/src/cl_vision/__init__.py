@@ -11,17 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cl_vision import data, encoders, figures, methods, projectors, transforms
-    from cl_vision.methods import NNCLR, MoCo, MoCoV3, SimCLR, SwAV
+    from cl_vision.methods import (
+        BYOL,
+        NNCLR,
+        BarlowTwins,
+        MoCo,
+        MoCoV3,
+        SimCLR,
+        SimSiam,
+        SupCon,
+        SwAV,
+        VICReg,
+    )
     from cl_vision.probe import probe_folder
 
 __version__ = version("cl-vision")
 _MODULES = ("data", "encoders", "figures", "methods", "projectors", "transforms")
 __all__ = [
+    "BYOL",
     "NNCLR",
+    "BarlowTwins",
     "MoCo",
     "MoCoV3",
     "SimCLR",
+    "SimSiam",
+    "SupCon",
     "SwAV",
+    "VICReg",
     "data",
     "encoders",
     "figures",

@@ -29,7 +29,7 @@ class Projector(nn.Module):
 
 
 class MLPProjector(Projector):
-    """Multi-layer perceptron, ReLU between the layers, the last one linear (SimCLR's head).
+    """Multi-layer perceptron, ReLU between the layers, the last one linear (SimCLR's head) or normalised.
 
     Args:
         in_dim: columns of the features; None takes the encoder's when a method builds the head.
@@ -37,6 +37,8 @@ class MLPProjector(Projector):
         out_dim: columns of the projections.
         layers: number of linear layers; 1 is a linear head.
         norm: normalisation after each hidden layer: ``"batch"``, ``"layer"`` or ``"none"``.
+        final_norm: of the projections: ``"batch"`` without scale and shift (SimSiam, MoCo v3), ``"layer"`` with them
+            (Hydra), or ``"none"``.
 
     Reference: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
     2020, arXiv 2002.05709.
@@ -49,6 +51,7 @@ class MLPProjector(Projector):
         out_dim: int = 128,
         layers: int = 2,
         norm: Literal["batch", "layer", "none"] = "batch",
+        final_norm: Literal["batch", "layer", "none"] = "none",
     ) -> None:
         super().__init__()
         for name, value in (
@@ -60,8 +63,10 @@ class MLPProjector(Projector):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
         _checks.choice("norm", norm, ("batch", "layer", "none"))
+        _checks.choice("final_norm", final_norm, ("batch", "layer", "none"))
         self.in_dim: int | None = None
-        self.hidden_dim, self.out_dim, self.layers, self.norm = hidden_dim, out_dim, layers, norm
+        self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
+        self.norm, self.final_norm = norm, final_norm
         self.network: nn.Sequential | None = None
         if in_dim is not None:
             self.build(in_dim)
@@ -78,7 +83,11 @@ class MLPProjector(Projector):
                 modules.append(nn.BatchNorm1d(hidden) if self.norm == "batch" else nn.LayerNorm(hidden))
             modules.append(nn.ReLU(inplace=True))
             width = hidden
-        modules.append(nn.Linear(width, self.out_dim))
+        modules.append(nn.Linear(width, self.out_dim, bias=self.final_norm == "none"))
+        if self.final_norm == "batch":
+            modules.append(nn.BatchNorm1d(self.out_dim, affine=False))
+        elif self.final_norm == "layer":
+            modules.append(nn.LayerNorm(self.out_dim))
         self.network = nn.Sequential(*modules)
         self.in_dim = in_dim
 

@@ -6,13 +6,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cl_vision.methods.barlow_twins import BarlowTwins
+    from cl_vision.methods.byol import BYOL
     from cl_vision.methods.moco import MoCo, MoCoV3
     from cl_vision.methods.nnclr import NNCLR
     from cl_vision.methods.simclr import SimCLR
+    from cl_vision.methods.simsiam import SimSiam
+    from cl_vision.methods.supcon import SupCon
     from cl_vision.methods.swav import SwAV
+    from cl_vision.methods.vicreg import VICReg
 
-_HOME = {"MoCo": "moco", "MoCoV3": "moco", "NNCLR": "nnclr", "SimCLR": "simclr", "SwAV": "swav"}
-__all__ = ["NNCLR", "MoCo", "MoCoV3", "SimCLR", "SwAV"]
+_HOME = {
+    "BYOL": "byol",
+    "BarlowTwins": "barlow_twins",
+    "MoCo": "moco",
+    "MoCoV3": "moco",
+    "NNCLR": "nnclr",
+    "SimCLR": "simclr",
+    "SimSiam": "simsiam",
+    "SupCon": "supcon",
+    "SwAV": "swav",
+    "VICReg": "vicreg",
+}
+__all__ = [
+    "BYOL",
+    "NNCLR",
+    "BarlowTwins",
+    "MoCo",
+    "MoCoV3",
+    "SimCLR",
+    "SimSiam",
+    "SupCon",
+    "SwAV",
+    "VICReg",
+]
 
 
 def __getattr__(name: str) -> Any:
