@@ -149,3 +149,18 @@ def test_bad_input_gets_one_sentence(tmp_path, blobs):
     with pytest.raises(ValueError, match="equal length, at least 1, got 0, 0 and 0"):
         figures.plot_similarities(path, steps=[], positive=[], negative=[])
     assert not path.exists()
+
+
+def test_comparison(tmp_path):
+    accuracies = {
+        "loss A": {"kNN": ([0.5, 0.6], (0.3, 0.8)), "linear probe": ([0.7, 0.7], None)},
+        "loss $B$": {"kNN": ([0.4], None), "linear probe": ([0.5], None)},
+    }
+    alone = opened(figures.plot_comparison(tmp_path / "alone.png", accuracies=accuracies))
+    curves = {"loss A": [([1, 2], [0.2, 0.5])], "loss $B$": [([], [])]}
+    path = figures.plot_comparison(tmp_path / "both.png", accuracies=accuracies, curves=curves)
+    both = opened(path)
+    assert both.shape[1] > 1.8 * alone.shape[1]
+    assert {rgb(figures.COLOURS[0]), rgb(figures.COLOURS[1])} <= colours_of(both)
+    with pytest.raises(ValueError, match="accuracies must hold at least one setting"):
+        figures.plot_comparison(tmp_path / "none.png", accuracies={})

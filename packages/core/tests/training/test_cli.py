@@ -580,3 +580,72 @@ def test_what_a_loader_worker_says_is_one_sentence(command, tiny, monkeypatch):
     monkeypatch.setattr(tiny.TinyViews, "__getitem__", item)
     status, _, err = command("fit", "--config", "tiny/quick", "--data.num_workers", 1)
     assert (status, err) == (2, "cl-tiny: item 3 is broken: see there\n")
+
+
+def run_of(path, *, width=8, seed=0, accuracy=0.5, finished=True):
+    """A run folder as far as ``compare`` reads it."""
+    path.mkdir(parents=True)
+    model = {"class_path": "tiny.TinyEncoder", "init_args": {"width": width, "dropout": 0.2}}
+    settings = {"model": model, "data": {"class_path": "tiny.TinyData", "init_args": {"root": str(path)}}}
+    settings |= {"evaluation": {}, "seed": seed, "processes": 1, "global_batch_size": 8, "weights": {}}
+    (path / "settings.json").write_text(json.dumps(settings))
+    (path / "config.yaml").write_text("{}")
+    (path / "metrics.csv").write_text("epoch,step,validation/knn\n1,5,0.25\n2,10,0.5\n")
+    (path / "export").mkdir()
+    (path / "export" / "config.json").write_text("{}")
+    (path / "export" / "model.safetensors").write_bytes(b"")
+    trained = {"knn": accuracy, "linear": accuracy + 0.1}
+    (path / "metrics.json").write_text(json.dumps({"trained": trained, "finished": finished}))
+    return path
+
+
+def test_compare_has_intervals_over_seeds_and_paired_differences(command, domain, monkeypatch):
+    for seed, (wide, narrow) in enumerate([(0.5, 0.4), (0.6, 0.55), (0.55, 0.4)]):
+        run_of(Path(f"runs/wide-{seed}"), seed=seed, accuracy=wide)
+        run_of(Path(f"runs/narrow-{seed}"), width=4, seed=seed, accuracy=narrow)
+    status, out, _ = command("compare", "runs/wide-0", "runs/wide-1", "runs/wide-2", "runs")
+    assert status == 2  # some are given twice
+    status, out, err = command("compare", "runs")
+    assert (status, err) == (0, "")
+    assert out.startswith("| setting | seeds | kNN | against the first | linear probe | against the first |")
+    # t = 4.3027 for two degrees of freedom: narrow 45 +- 4.3027 * 8.660 / sqrt(3), difference 10 +- 4.3027 * 5 / sqrt(3)
+    assert "| width 4 | 0, 1, 2 | 45.0 [23.5, 66.5] |  | 55.0 [33.5, 76.5] |  |" in out
+    assert "| width 8 | 0, 1, 2 | 55.0 [42.6, 67.4] | +10.0 [-2.4, +22.4] |" in out
+    written = json.loads(Path("comparison/comparison.json").read_text())
+    assert [(row["label"], row["seeds"]) for row in written] == [
+        ("width 4", [0, 1, 2]),
+        ("width 8", [0, 1, 2]),
+    ]
+    assert Path("comparison/comparison.md").read_text() in out
+
+
+def test_compare_hands_its_figure_what_it_found(tiny, domain, capsys):
+    from dataclasses import replace
+
+    run_of(Path("runs/one"))
+    seen = []
+    tiny.draw_comparison = lambda compared, folder: seen.append(compared) or folder / "figure.png"
+    assert (
+        cli.main(replace(domain, comparer="tiny:draw_comparison"), ["compare", "runs", "--output", "new"])
+        == 0
+    )
+    assert "figure: new/figure.png" in capsys.readouterr().out
+    ((only,),) = seen
+    assert (only.label, only.seeds, only.accuracies["knn"]) == ("TinyEncoder, TinyData", (0,), (0.5,))
+    assert only.curves == (([5, 10], [0.25, 0.5]),)
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ([], "compare needs at least one run folder, got none."),
+        (["none"], "none is not a run and holds none: there is no config.yaml in it."),
+        (["runs/cut"], "runs/cut is not finished: go on with it first (fit --resume runs/cut)."),
+        (["runs/one", "runs/one"], "runs/one is given twice, or two runs of seed 0 are the same."),
+    ],
+)
+def test_compare_refuses_in_one_sentence(command, places, words):
+    run_of(Path("runs/one"))
+    run_of(Path("runs/cut"), width=2, finished=False)
+    status, _, err = command("compare", *places)
+    assert (status, err) == (2, f"cl-tiny: {words}\n")

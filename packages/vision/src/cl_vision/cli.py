@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from cl_core.training import cli
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cl_core.training.comparing import Compared
     from cl_core.training.fitting import Drawing
 
 _LOG = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ DOMAIN = cli.Domain(
     },
     modules=("cl_vision.encoders", "cl_vision.projectors", "cl_vision.transforms", "cl_vision.data.subsets"),
     artist="cl_vision.cli:draw",
+    comparer="cl_vision.cli:draw_comparison",
     inputs="raw pixels",
 )
 
@@ -53,6 +57,19 @@ def draw(drawing: Drawing) -> None:
             Exception
         ) as error:  # class names and numbers are anybody's, and so are the errors of drawing them
             _LOG.warning("a figure is missing in %s: %s", drawing.run.figures, error or type(error).__name__)
+
+
+def draw_comparison(compared: Sequence[Compared], folder: Path) -> Path:
+    """The figure of ``compare``: test accuracies with their intervals, and neighbours over training."""
+    from cl_core.training.comparing import METRICS, interval
+    from cl_vision import figures
+
+    accuracies = {
+        each.label: {METRICS[key]: (values, interval(values)) for key, values in each.accuracies.items()}
+        for each in compared
+    }
+    curves = {each.label: each.curves for each in compared}
+    return figures.plot_comparison(folder / "comparison.png", accuracies=accuracies, curves=curves)
 
 
 def _draw_curves(drawing: Drawing) -> None:

@@ -7,6 +7,7 @@ state alone.
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "<", ">", "h")
 _TSNE_ROWS = 2000
 
 Curve = tuple[Sequence[float], Sequence[float]]
+Interval = tuple[float, float] | None
 
 
 def plot_curves(
@@ -245,6 +247,66 @@ def plot_similarities(
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     axes.set_title(title, color=_TEXT)
+    return _save(figure, path)
+
+
+def plot_comparison(
+    path: str | Path,
+    *,
+    accuracies: Mapping[str, Mapping[str, tuple[Sequence[float], Interval]]],
+    curves: Mapping[str, Sequence[Curve]] | None = None,
+    title: str = "Comparison",
+    step_name: str = "optimiser step",
+) -> Path:
+    """Accuracies of several settings with their intervals, and of neighbours over training.
+
+    Args:
+        path: PNG to write.
+        accuracies: setting to metric to (one value a seed, interval of their mean or None), in [0, 1].
+        curves: setting to the (steps, accuracies) of each seed, in [0, 1].
+        title: of the picture.
+        step_name: what is counted along the horizontal axis of the curves.
+
+    Returns:
+        The path written.
+    """
+    if not accuracies:
+        raise ValueError("accuracies must hold at least one setting, got none.")
+    drawn = {name: [c for c in of_seeds if len(c[0])] for name, of_seeds in (curves or {}).items()}
+    panels = 2 if any(drawn.values()) else 1
+    figure = _figure(width=5.6 * panels, height=1.6 + 0.75 * max(3, len(accuracies)))
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    metrics = list(next(iter(accuracies.values())))
+    for row, (label, of_metric) in enumerate(accuracies.items()):
+        for place, metric in enumerate(metrics):
+            values, bounds = of_metric[metric]
+            at = row + 0.3 * (place - (len(metrics) - 1) / 2)
+            colour, marker = COLOURS[row % len(COLOURS)], _MARKERS[place % len(_MARKERS)]
+            points = [100 * value for value in values]
+            axes[0].scatter(points, [at] * len(points), s=14, color=colour, alpha=0.45, linewidths=0)
+            mean = sum(points) / len(points)
+            if bounds is not None:
+                axes[0].plot([100 * bound for bound in bounds], [at, at], color=colour, linewidth=1.6)
+            axes[0].plot([mean], [at], color=colour, marker=marker, markersize=7)
+    labels = [textwrap.fill(label, 30) for label in accuracies]
+    axes[0].set_yticks(range(len(labels)), labels, parse_math=False)
+    axes[0].set_ylim(len(accuracies) - 0.4, -0.6)
+    axes[0].set_xlabel("test accuracy (%): seeds, mean and 95 % interval")
+    _tidy(axes[0])
+    handles = [
+        Line2D([], [], linestyle="", marker=_MARKERS[place % len(_MARKERS)], color=_TEXT, label=metric)
+        for place, metric in enumerate(metrics)
+    ]
+    axes[0].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+    if panels == 2:
+        for row, of_seeds in enumerate(drawn.values()):
+            for steps, values in of_seeds:
+                percent = [100 * value for value in values]
+                axes[1].plot(steps, percent, color=COLOURS[row % len(COLOURS)], linewidth=1.2, alpha=0.8)
+        axes[1].set_xlabel(step_name)
+        axes[1].set_ylabel("neighbours on validation (%)")
+        _tidy(axes[1])
+    figure.suptitle(title, color=_TEXT)
     return _save(figure, path)
 
 

@@ -23,6 +23,7 @@ VERBS = {
     "embed": "write the embeddings and labels of a split to a file",
     "list": "what there is: methods, losses, data, configs, domains",
     "reproduce": "run a grid of shipped configurations over seeds, ours beside the published numbers",
+    "compare": "finished runs side by side, with intervals over seeds",
 }
 TOPICS = ("methods", "losses", "data", "configs", "domains")
 
@@ -39,6 +40,7 @@ class Domain:
         data: class name of each data set to ``"module:Class"``.
         modules: modules whose classes (encoders, projectors) go by their short names on the command line.
         artist: ``"module:function"`` that draws figures at the end of ``fit``; None for no figures.
+        comparer: ``"module:function"`` that draws what ``compare`` found; None for no figure.
         inputs: what the raw inputs are called in tables.
     """
 
@@ -49,6 +51,7 @@ class Domain:
     data: Mapping[str, str] = field(default_factory=dict)
     modules: Sequence[str] = ()
     artist: str | None = None
+    comparer: str | None = None
     inputs: str = "raw inputs"
 
     def configs(self) -> dict[str, Path]:
@@ -124,6 +127,7 @@ def main(domain: Domain, args: Sequence[str] | None = None) -> int:
             "lightning",
             "jsonargparse",
             "safetensors",
+            "scipy",
             "yaml",
             "tqdm",
         ):

@@ -1,4 +1,4 @@
-"""The verbs that compute: fit, validate, test, embed, reproduce."""
+"""The verbs that compute: fit, validate, test, embed; reproduce and compare have files of their own."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ _NOT_KEPT = ("config", "resume", "run_dir", "debug", "print_config")
 
 def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
     """Run one verb; see :func:`cl_core.training.cli.main`."""
+    from cl_core.training.comparing import compare_command
     from cl_core.training.reproduce import reproduce_command
 
     verbs: dict[str, Callable[[Domain, list[str]], None]] = {
@@ -39,6 +40,7 @@ def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
         "test": test_command,
         "embed": embed_command,
         "reproduce": reproduce_command,
+        "compare": compare_command,
     }
     try:
         verbs[verb](domain, list(args))
