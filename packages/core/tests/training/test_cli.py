@@ -608,7 +608,7 @@ def test_compare_has_intervals_over_seeds_and_paired_differences(command, domain
     status, out, err = command("compare", "runs")
     assert (status, err) == (0, "")
     assert out.startswith("| setting | seeds | kNN | against the first | linear probe | against the first |")
-    # t = 4.3027 for two degrees of freedom: narrow 45 +- 4.3027 * 8.660 / sqrt(3), difference 10 +- 4.3027 * 5 / sqrt(3)
+    # t is 4.3027: narrow 45 +- 4.3027 * 8.660 / sqrt(3), difference 10 +- 4.3027 * 5 / sqrt(3)
     assert "| width 4 | 0, 1, 2 | 45.0 [23.5, 66.5] |  | 55.0 [33.5, 76.5] |  |" in out
     assert "| width 8 | 0, 1, 2 | 55.0 [42.6, 67.4] | +10.0 [-2.4, +22.4] |" in out
     written = json.loads(Path("comparison/comparison.json").read_text())

@@ -277,7 +277,7 @@ def plot_comparison(
     figure = _figure(width=5.6 * panels, height=1.6 + 0.75 * max(3, len(accuracies)))
     axes = figure.subplots(1, panels, squeeze=False)[0]
     metrics = list(next(iter(accuracies.values())))
-    for row, (label, of_metric) in enumerate(accuracies.items()):
+    for row, of_metric in enumerate(accuracies.values()):
         for place, metric in enumerate(metrics):
             values, bounds = of_metric[metric]
             at = row + 0.3 * (place - (len(metrics) - 1) / 2)

@@ -87,7 +87,8 @@ def compare(places: Sequence[str | Path]) -> list[Compared]:
 
     Raises:
         FileNotFoundError: if a place holds no run.
-        ValueError: in one sentence, if nothing was given, a run is not finished, has no accuracies, or two are the same.
+        ValueError: in one sentence, if nothing was given, a run is not finished or has no accuracies, or two are the
+            same.
     """
     runs = [run for place in places for run in _runs_in(Path(place))]
     if not runs:
@@ -127,8 +128,8 @@ def markdown(compared: Sequence[Compared]) -> str:
                 cells.append("" if each is compared[0] else _difference(compared[0], each, metric))
         lines.append(_line(cells))
     note = (
-        f"Test accuracy in percent: mean over seeds [{_LEVEL:.0%} interval of Student's t]. Differences are paired over "
-        "the seeds that both have; an interval that holds 0 shows none."
+        f"Test accuracy in percent: mean over seeds [{_LEVEL:.0%} interval of Student's t]. Differences are paired "
+        "over the seeds that both have; an interval that holds 0 shows none."
     )
     return "\n".join([*lines, "", note, ""])
 
