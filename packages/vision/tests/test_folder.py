@@ -323,3 +323,11 @@ def test_missing_and_empty_folders(tmp_path):
         ImageFolder(root=tmp_path).splits  # noqa: B018
     with pytest.raises(ValueError, match="on_error must be one of"):
         ImageFolder(root=tmp_path, on_error="ignore")
+
+
+def test_rows_are_called_by_their_files(tmp_path, write_image):
+    for name in ("cat/b.png", "cat/a.png", "dog/c.png", "dog/d.png"):
+        write_image(tmp_path / name, "red")
+    data = ImageFolder(root=tmp_path, validation=0.0, test=0.0)
+    assert data.row_names("train") == ["cat/a.png", "cat/b.png", "dog/c.png", "dog/d.png"]
+    assert data.row_names("test") == []

@@ -34,6 +34,12 @@ DOMAIN = cli.Domain(
     artist="cl_vision.cli:draw",
     comparer="cl_vision.cli:draw_comparison",
     inputs="raw pixels",
+    verbs={
+        "export": (
+            "write the encoder for other programs, as ONNX or torch.export",
+            "cl_vision.exporting:export_command",
+        ),
+    },
 )
 
 _BASELINES = {"untrained": "untrained encoder", "raw": "raw pixels"}

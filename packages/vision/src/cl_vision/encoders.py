@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -236,6 +237,72 @@ class TorchvisionEncoder(Encoder):
         except (AssertionError, RuntimeError):
             return False
         return True
+
+
+def create_encoder(
+    name: str | None = None, *, pretrained_path: str | Path | None = None, **options: Any
+) -> Encoder:
+    """An encoder by name, with the weights of a run or an export if one is named.
+
+    Args:
+        name: a class of this module (``"SmallConvNet"``), ``"resnet18"``, ``"resnet34"`` or ``"resnet50"`` for
+            :class:`ResNet`, or any torchvision classifier that :class:`TorchvisionEncoder` takes, such as
+            ``"convnext_tiny"``. None for the encoder of ``pretrained_path``.
+        pretrained_path: run folder or export whose method has such an encoder; its weights are copied.
+        options: of the class.
+
+    Returns:
+        The encoder, on the CPU, in training mode as torch's modules come.
+
+    Raises:
+        FileNotFoundError: if ``pretrained_path`` is neither a run nor an export.
+        ValueError: in one sentence, for an unknown name or weights that do not fit.
+    """
+    if name is None:
+        if pretrained_path is None or options:
+            raise ValueError(
+                "name must be given unless pretrained_path brings an encoder as it is, without options."
+            )
+        return _trained_encoder(pretrained_path).train()
+    encoder = _named(name, options)
+    if pretrained_path is not None:
+        trained = _trained_encoder(pretrained_path)
+        try:
+            encoder.load_state_dict(trained.state_dict())
+        except RuntimeError:
+            raise ValueError(
+                f"the weights of {pretrained_path} are of another encoder, {type(trained).__name__} of dim "
+                f"{trained.dim}, and do not fit {name!r} with these options; leave the name out to get theirs."
+            ) from None
+    return encoder
+
+
+def _named(name: str, options: dict[str, Any]) -> Encoder:
+    own = {kind.__name__: kind for kind in (ResNet, SmallAlexNet, SmallConvNet)}
+    depths: dict[str, Literal[18, 34, 50]] = {"resnet18": 18, "resnet34": 34, "resnet50": 50}
+    if name in own:
+        return own[name](**options)
+    if name in depths:
+        return ResNet(depths[name], **options)
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise ValueError(plugins.unknown("encoder", name, [*own, *depths, *torchvision.models.list_models()]))
+    return TorchvisionEncoder(name, **options)
+
+
+def _trained_encoder(place: str | Path) -> Encoder:
+    from cl_core.training.artifacts import is_export, load_export
+    from cl_core.training.run import RunFolder
+
+    run = RunFolder.around(place)
+    export = run.export if run is not None else Path(place)
+    if not is_export(export):
+        raise FileNotFoundError(
+            f"{place} is neither a finished run nor an export: it holds no weights to take."
+        )
+    encoder = getattr(load_export(export), "encoder", None)
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"{place} holds no encoder of images.")
+    return encoder
 
 
 def _quick_initialisation(name: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Domain:
         artist: ``"module:function"`` that draws figures at the end of ``fit``; None for no figures.
         comparer: ``"module:function"`` that draws what ``compare`` found; None for no figure.
         inputs: what the raw inputs are called in tables.
+        verbs: commands of its own: name to (summary, ``"module:function"``), called with the domain and the arguments.
     """
 
     command: str
@@ -53,6 +54,11 @@ class Domain:
     artist: str | None = None
     comparer: str | None = None
     inputs: str = "raw inputs"
+    verbs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def summaries(self) -> dict[str, str]:
+        """All commands with a line on each."""
+        return VERBS | {name: summary for name, (summary, _) in self.verbs.items()}
 
     def configs(self) -> dict[str, Path]:
         """Shipped configurations by name, such as ``"dcl/digits"``."""
@@ -109,8 +115,8 @@ def main(domain: Domain, args: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"options come after the command, as in: {domain.command} fit {' '.join(args[:2])}"
             )
-        if verb not in VERBS:
-            raise ValueError(plugins.unknown(f"command of {domain.command}", verb, VERBS))
+        if verb not in domain.summaries():
+            raise ValueError(plugins.unknown(f"command of {domain.command}", verb, domain.summaries()))
     except ValueError as error:
         print(f"{domain.command}: {error}", file=sys.stderr)
         return 2
@@ -138,8 +144,9 @@ def main(domain: Domain, args: Sequence[str] | None = None) -> int:
 
 
 def _help(domain: Domain) -> str:
-    width = max(map(len, VERBS)) + 2
-    verbs = "\n".join(f"  {name:<{width}}{text}" for name, text in VERBS.items())
+    summaries = domain.summaries()
+    width = max(map(len, summaries)) + 2
+    verbs = "\n".join(f"  {name:<{width}}{text}" for name, text in summaries.items())
     return (
         f"usage: {domain.command} COMMAND [options]\n\n{domain.summary}\n\ncommands:\n{verbs}\n\n"
         f"options:\n  --help, --version\n\n{domain.command} COMMAND --help shows the options of a command."

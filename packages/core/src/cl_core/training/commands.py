@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from cl_core.method import Method
 from cl_core.training import artifacts
 from cl_core.training.checkpoints import Checkpointing, Terminated
 from cl_core.training.cli import Domain
 from cl_core.training.data import SPLITS, Data
+from cl_core.training.embedding import embed_to_file
 from cl_core.training.evaluating import Evaluation, accuracies, embed_split, has_labels
-from cl_core.training.files import sentence, write_atomically
+from cl_core.training.files import sentence
 from cl_core.training.fitting import FitResult, fit, weights_of
 from cl_core.training.optimization import Optimization
 from cl_core.training.parsing import Parser
@@ -43,7 +43,8 @@ def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
         "compare": compare_command,
     }
     try:
-        verbs[verb](domain, list(args))
+        command = verbs[verb] if verb in verbs else _load(domain.verbs[verb][1])
+        command(domain, list(args))
     except SystemExit as stop:  # --help and --print_config
         return int(stop.code or 0)
     except KeyboardInterrupt as interrupt:
@@ -136,25 +137,31 @@ def validate_command(domain: Domain, args: list[str]) -> None:
 
 
 def embed_command(domain: Domain, args: list[str]) -> None:
-    """``embed``: embeddings and labels of a split to a safetensors file."""
-    parser = _trained_parser(domain, "embed")
+    """``embed``: embeddings and labels of a split to a safetensors file, names of the rows to a table beside it."""
+    parser = trained_parser(domain, "embed")
     help_ = "train, validation or test; default test, or train where nothing is held out"
     parser.parser.add_argument("--split", type=str, default=None, help=help_)
     parser.parser.add_argument("--output", type=str, required=True, help="safetensors file to write")
-    trained = _trained(domain, parser, args)
+    parser.parser.add_argument("--progress_bar", type=bool, default=True, help="show a progress bar")
+    trained = load_trained(domain, parser, args)
     datasets: dict[str, Any] = {split: trained.data.evaluation_dataset(split) for split in SPLITS}
     sizes = {split: len(dataset) for split, dataset in datasets.items()}
     split: Any = trained.config.split or ("test" if sizes["test"] else "train")
     if not sizes.get(split):
         filled = ", ".join(f"{name} ({size})" for name, size in sizes.items() if size)
         raise ValueError(f"--split must be one that has rows: {filled}, got {split!r}.")
-    size = trained.evaluation.batch_size
-    rows, labels = embed_split(trained.method, trained.data, split, device=_device(), batch_size=size)
-    tensors = {"embeddings": rows.contiguous(), "labels": labels.contiguous()}
-    path = write_atomically(
-        trained.config.output, lambda temporary: save_file(tensors, temporary, metadata={"split": split})
+    written = embed_to_file(
+        trained.method,
+        trained.data,
+        split,
+        trained.config.output,
+        device=_device(),
+        batch_size=trained.evaluation.batch_size,
+        progress=trained.config.progress_bar,
     )
-    print(f"{len(rows)} embeddings of width {rows.shape[1]} ({split}): {path}")
+    print(f"{written.rows} embeddings of width {written.width} ({split}): {written.path}")
+    if written.table is not None:
+        print(f"names and labels of the rows: {written.table}")
 
 
 def table(domain: Domain, metrics: Mapping[str, Any]) -> str:
@@ -177,7 +184,7 @@ def table(domain: Domain, metrics: Mapping[str, Any]) -> str:
 
 def _judge(domain: Domain, args: list[str], split: str) -> None:
     verb = "test" if split == "test" else "validate"
-    trained = _trained(domain, _trained_parser(domain, verb), args)
+    trained = load_trained(domain, trained_parser(domain, verb), args)
     data, settings = trained.data, trained.evaluation
     if not has_labels(data):
         raise ValueError(f"{type(data).__name__} has no labelled rows in all splits, so nothing to {verb}.")
@@ -197,7 +204,8 @@ def _judge(domain: Domain, args: list[str], split: str) -> None:
     print(f"written: {trained.run.metrics}")
 
 
-def _trained_parser(domain: Domain, verb: str) -> Parser:
+def trained_parser(domain: Domain, verb: str) -> Parser:
+    """Options of a command on something trained: ``--ckpt``, its data, how it is evaluated."""
     parser = Parser(domain, verb, parts=("data", "evaluation"))
     parser.add_config()
     parser.add_data()
@@ -208,7 +216,7 @@ def _trained_parser(domain: Domain, verb: str) -> Parser:
 
 
 @dataclass(frozen=True)
-class _Trained:
+class Trained:
     """What the verbs on a trained method work with."""
 
     config: Any
@@ -219,7 +227,7 @@ class _Trained:
     other: str  # in what it is not the run's own result on its own data; empty if it is
 
 
-def _trained(domain: Domain, parser: Parser, args: list[str]) -> _Trained:
+def load_trained(domain: Domain, parser: Parser, args: list[str]) -> Trained:
     """Parse the arguments, load the method that they name, build its data."""
     if any(arg in ("-h", "--help") for arg in args):
         parser.parse(args)
@@ -242,7 +250,7 @@ def _trained(domain: Domain, parser: Parser, args: list[str]) -> _Trained:
     built = parser.instantiate(config)
     built.data.set_seed(int(stored.get("seed", 0)))
     other = "" if run is None else _other(run, result, built)
-    return _Trained(config, method, built.data, built.evaluation, run, other)
+    return Trained(config, method, built.data, built.evaluation, run, other)
 
 
 def _other(run: RunFolder, result: Path | None, built: Any) -> str:

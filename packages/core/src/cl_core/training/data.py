@@ -54,6 +54,10 @@ class Data(ABC):
         """Make ``(inputs, labels)`` of the items of an evaluation data set; torch's default."""
         return default_collate(items)
 
+    def row_names(self, split: Split) -> Sequence[str] | None:
+        """What each row of an evaluation data set is called, such as its file; None if rows have no names."""
+        return None
+
     @property
     def num_classes(self) -> int | None:
         """Number of classes, or None where there are no labels."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,10 +109,17 @@ def embed_split(
     if limit is not None and size > limit:
         chosen = torch.linspace(0, size - 1, limit).round().long().tolist()
         dataset = torch.utils.data.Subset(dataset, chosen)
+    with in_evaluation(method, device):
+        return embed_dataset(method.embed, dataset, data, device=device, batch_size=batch_size)
+
+
+@contextmanager
+def in_evaluation(method: Method, device: torch.device | str) -> Iterator[None]:
+    """Evaluation mode on a device, where the method stays; its modes are restored."""
     modes = {module: module.training for module in method.modules()}
     method.to(device).eval()
     try:
-        return embed_dataset(method.embed, dataset, data, device=device, batch_size=batch_size)
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode

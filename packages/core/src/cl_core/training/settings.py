@@ -132,9 +132,9 @@ def settings_of(
         rest: plain settings.
     """
     return {
-        "model": _read_back(as_config(describe(method))),
+        "model": read_back(as_config(describe(method))),
         **data_settings(data, **groups),
-        **_read_back({name: describe(value, name=name) for name, value in rest.items()}),
+        **read_back({name: describe(value, name=name) for name, value in rest.items()}),
         "processes": processes,
         "global_batch_size": processes * data.batch_size,
     }
@@ -143,11 +143,11 @@ def settings_of(
 def data_settings(data: Data, **groups: Any) -> dict[str, Any]:
     """The part of :func:`settings_of` that is about data, and dataclasses of settings by name."""
     described = {"data": _described_data(data), **{name: asdict(group) for name, group in groups.items()}}
-    settings: dict[str, Any] = _read_back(described)
+    settings: dict[str, Any] = read_back(described)
     return settings
 
 
-def _read_back(settings: Any) -> Any:
+def read_back(settings: Any) -> Any:
     """Settings as a later resume finds them in the file."""
     return json.loads(to_json(settings))
 

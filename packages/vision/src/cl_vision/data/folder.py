@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -127,6 +127,16 @@ class ImageFolder(ImageData):
             files = ImageFiles(paths, torch.tensor(labels), channels=self.channels)
             found[split] = files.readable() if self.on_error == "skip" else files
         return found
+
+    def row_names(self, split: Split) -> list[str]:
+        """File of each evaluated row, below the root where it lies there."""
+        dataset = self.evaluation_dataset(split)
+        files: Any = dataset.images
+        paths = [files.paths[row] for row in dataset.rows.tolist()]
+        return [
+            path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+            for path in paths
+        ]
 
     @property
     def class_names(self) -> list[str] | None:
