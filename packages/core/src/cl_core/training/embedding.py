@@ -6,6 +6,7 @@ import csv
 import hashlib
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +101,7 @@ def embed_to_file(
                     batch_size=batch_size,
                 )
                 part = {"embeddings": rows.contiguous(), "labels": labels.contiguous()}
-                write_atomically(file, lambda temporary, part=part: save_file(part, temporary))
+                write_atomically(file, partial(save_file, part))
             done.append(part)
             bar.update(stop - start)
     tensors = {
