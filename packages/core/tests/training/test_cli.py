@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from cl_core.training import cli
 from cl_core.training.artifacts import load_export
+from cl_core.training.evaluating import few_of_each_class
 from cl_core.training.run import RunFolder
 
 QUICK = """
@@ -135,6 +136,25 @@ def test_fit_test_validate_and_embed(command):
     status, _, err = command("embed", "--ckpt", run, "--output", "z.safetensors", "--split", "all")
     assert status == 2
     assert "--split must be one that has rows: train (44), validation (44), test (44), got 'all'." in err
+
+
+def test_a_probe_on_few_labels(command):
+    command("fit", "--config", "tiny/quick", "--run_dir", "run", "--evaluation.few_labels", "[0.1, 0.5]")
+    trained = json.loads(Path("run/metrics.json").read_text())["trained"]
+    assert {"few_0.1", "few_0.5"} <= set(trained)
+    status, out, _ = command("test", "--ckpt", "run")
+    assert status == 0
+    assert f"  linear probe on 10% of the labels: {100 * trained['few_0.1']:.2f}%" in out
+    status, _, err = command("test", "--ckpt", "run", "--evaluation.few_labels", "[1.5]")
+    assert (status, "few_labels must be shares in (0, 1), got 1.5." in err) == (2, True)
+
+
+def test_few_rows_are_of_every_class():
+    labels = torch.arange(90) % 3
+    labels[:60] = 0
+    few = few_of_each_class(labels, 0.1)
+    assert torch.bincount(labels[few]).tolist() == [7, 1, 1]
+    assert torch.equal(few, few_of_each_class(labels, 0.1))
 
 
 def test_embed_takes_the_training_rows_where_nothing_is_held_out(command, tiny, monkeypatch):

@@ -18,7 +18,7 @@ from cl_core.training.checkpoints import Checkpointing, Terminated
 from cl_core.training.cli import Domain
 from cl_core.training.data import SPLITS, Data
 from cl_core.training.embedding import embed_to_file
-from cl_core.training.evaluating import Evaluation, accuracies, embed_split, has_labels
+from cl_core.training.evaluating import Evaluation, accuracies, embed_split, few_name, has_labels
 from cl_core.training.files import sentence
 from cl_core.training.fitting import FitResult, fit, weights_of
 from cl_core.training.optimization import Optimization
@@ -197,6 +197,8 @@ def _judge(domain: Domain, args: list[str], split: str) -> None:
         judged = embed_split(trained.method, data, "test", device=_device(), batch_size=settings.batch_size)
     found = accuracies(train, validation, judged, settings)
     print(f"{split} accuracy: kNN {100 * found['knn']:.2f}%, linear probe {100 * found['linear']:.2f}%")
+    for share in settings.few_labels:
+        print(f"  linear probe on {100 * share:g}% of the labels: {100 * found[few_name(share)]:.2f}%")
     if trained.run is None or trained.other:
         print(f"not written to a run: {trained.other or 'it belongs to none'}")
         return

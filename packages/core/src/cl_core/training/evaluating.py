@@ -32,6 +32,8 @@ class Evaluation:
         regularizations: strengths of the linear probe's penalty to choose from on the validation split.
         batch_size: inputs embedded at a time.
         baselines: also evaluate the untrained encoder and the raw inputs.
+        few_labels: shares in (0, 1) of the training labels, such as 0.01, on which a linear probe is fitted too; the
+            same rows each time, as many of every class and at least one.
     """
 
     neighbours: tuple[int, ...] = (1, 5, 20, 100)
@@ -39,6 +41,7 @@ class Evaluation:
     regularizations: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     batch_size: int = 512
     baselines: bool = True
+    few_labels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.neighbours:
@@ -51,6 +54,10 @@ class Evaluation:
             raise ValueError("regularizations must hold at least one number, got none.")
         for strength in self.regularizations:
             _checks.positive("regularizations", strength)
+        for share in self.few_labels:
+            _checks.positive("few_labels", share)
+            if share >= 1:
+                raise ValueError(f"few_labels must be shares in (0, 1), got {share}.")
 
 
 @torch.no_grad()
@@ -158,13 +165,13 @@ def accuracies(
 
     Returns:
         ``knn`` and ``linear`` on test, ``knn_validation`` and ``linear_validation``, the chosen ``k`` and
-        ``regularization``.
+        ``regularization``; for each of ``few_labels``, ``few_<share>`` on test.
     """
     train, validation, test = (labelled(*part) for part in (train, validation, test))
     scores = neighbour_accuracies(train, validation, settings)
     k = max(scores, key=lambda key: (scores[key], -key))
     probe = linear_probe(*train, *validation, regularizations=settings.regularizations)
-    return {
+    found = {
         "knn": _accuracy(knn_predict(*train, test[0], k=k, temperature=settings.temperature), test[1]),
         "linear": _accuracy(probe.predict(test[0]), test[1]),
         "knn_validation": scores[k],
@@ -172,6 +179,29 @@ def accuracies(
         "k": k,
         "regularization": probe.regularization,
     }
+    for share in settings.few_labels:
+        few = few_of_each_class(train[1], share)
+        probe = linear_probe(
+            train[0][few], train[1][few], *validation, regularizations=settings.regularizations
+        )
+        found[few_name(share)] = _accuracy(probe.predict(test[0]), test[1])
+    return found
+
+
+def few_name(share: float) -> str:
+    """Name of the accuracy that a share of the labels gives."""
+    return f"few_{share:g}"
+
+
+def few_of_each_class(labels: Tensor, share: float) -> Tensor:
+    """Rows of a share of every class, at least one, ascending; the same for the same labels."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = []
+    for label in labels.unique():
+        rows = (labels == label).nonzero().squeeze(1)
+        count = max(1, round(len(rows) * share))
+        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values
 
 
 def evaluate(

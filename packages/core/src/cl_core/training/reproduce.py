@@ -28,7 +28,7 @@ from jsonargparse import ArgumentParser
 
 from cl_core import _checks, plugins
 from cl_core.training.cli import Domain
-from cl_core.training.evaluating import METRICS
+from cl_core.training.evaluating import METRICS, few_name
 from cl_core.training.files import make_folder, read_json, sentence, to_json, write_atomically
 from cl_core.training.run import RunFolder
 
@@ -103,7 +103,8 @@ class Grid:
                 if not getattr(grid, name):
                     raise ValueError(f"{name} must hold at least one entry")
             for metric in grid.metrics:
-                _checks.choice("metrics", metric, METRICS)
+                if not metric.startswith(few_name(0).rstrip("0")):
+                    _checks.choice("metrics", metric, METRICS)
             return grid
         except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is not a grid of cells: {sentence(error).rstrip('.')}.") from None
@@ -217,7 +218,9 @@ def _collect(grid: Grid, seeds: Sequence[int], folder: Path) -> list[dict[str, A
         for encoder in _ENCODERS:
             measured = [metrics[encoder] for metrics in found.values() if metrics.get(encoder)]
             row[encoder] = {
-                metric: [entry[metric] for entry in measured] for metric in grid.metrics if measured
+                metric: [entry[metric] for entry in measured if metric in entry]
+                for metric in grid.metrics
+                if measured
             }
         last = [metrics["train"] for metrics in found.values()]
         row["numbers"] = {name: [epoch[name] for epoch in last if name in epoch] for name in grid.numbers}
