@@ -13,7 +13,10 @@ from cl_core.testing.losses import CHECKS, inputs, options
 
 # {loss: {check: reason}}: the one place where a loss may be excused from a check.
 EXCLUSIONS = json.loads(Path(__file__).with_name("exclusions.json").read_text())
-LOSSES = {plugin.name: plugins.load_loss(plugin.name) for plugin in plugins.available_losses()}
+REGISTERED = {plugin.name: plugins.load_loss(plugin.name) for plugin in plugins.available_losses()}
+# What wraps another loss is not built without one, and has tests of its own.
+WRAPPERS = {"FeatureTransform"}
+LOSSES = {name: loss for name, loss in REGISTERED.items() if name not in WRAPPERS}
 CASES = [(name, check) for name, loss in LOSSES.items() for check in loss_checks(loss)]
 
 
@@ -22,6 +25,19 @@ def test_exclusions_name_what_exists():
         assert name in LOSSES
         assert set(checks) <= {*CHECKS, "group"}
         assert all(isinstance(reason, str) and reason for reason in checks.values())
+
+
+def test_only_wrappers_need_arguments():
+    needy = {name for name, loss in REGISTERED.items() if not _stands_alone(loss)}
+    assert needy == WRAPPERS
+
+
+def _stands_alone(loss):
+    try:
+        inspect.signature(loss).bind()
+    except TypeError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(("name", "check"), CASES, ids=lambda value: value)

@@ -5,6 +5,7 @@ from cl_core.losses.attraction_repulsion import cacr_loss, cacr_momentum_loss, c
 from cl_core.losses.clip import clip_loss, siglip_loss
 from cl_core.losses.clustering import prototype_nce_loss, sinkhorn, swav_loss
 from cl_core.losses.decoupled import dcl_loss, dclw_loss
+from cl_core.losses.feature_transform import transformed_info_nce_loss
 from cl_core.losses.hard_negative import debiased_nce_loss, hard_negative_nce_loss
 from cl_core.losses.info_nce import info_nce_loss
 from cl_core.losses.margin import (
@@ -43,6 +44,7 @@ __all__ = [
     "sinkhorn",
     "sup_con_loss",
     "swav_loss",
+    "transformed_info_nce_loss",
     "triplet_margin_loss",
     "uniformity_loss",
     "vicreg_loss",

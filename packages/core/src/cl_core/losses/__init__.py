@@ -16,6 +16,7 @@ from cl_core.losses.attraction_repulsion import CACRLoss, CACRMomentumLoss
 from cl_core.losses.clip import CLIPLoss, SigLIPLoss
 from cl_core.losses.clustering import PrototypeNCELoss, SwAVLoss
 from cl_core.losses.decoupled import DCLLoss, DCLWLoss
+from cl_core.losses.feature_transform import FeatureTransform
 from cl_core.losses.hard_negative import DebiasedNCELoss, HardNegativeNCELoss
 from cl_core.losses.info_nce import InfoNCELoss
 from cl_core.losses.margin import CircleLoss, ContrastiveMarginLoss, MultiSimilarityLoss, TripletMarginLoss
@@ -39,6 +40,7 @@ __all__ = [
     "DCLWLoss",
     "DebiasedNCELoss",
     "EmbeddingLoss",
+    "FeatureTransform",
     "HardNegativeNCELoss",
     "InfoNCELoss",
     "LabelledLoss",

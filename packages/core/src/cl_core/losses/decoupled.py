@@ -118,11 +118,8 @@ def dclw_loss(
     positives, log_negatives, split = _terms(
         z1, z2, negatives, "dclw_loss", temperature=temperature, normalize=normalize, group=group, impl=impl
     )
-    if isinstance(temperature, Tensor):
-        temperature = at_least_float32(temperature)
-    similarities = (positives * temperature).flatten()
-    weight = _hardness(similarities.detach() if detach_weight else similarities, sigma, split)
-    return reduce_pairs(log_negatives - weight.view_as(positives) * positives, reduction, split)
+    weight = hardness(positives, split, temperature=temperature, sigma=sigma, detach=detach_weight)
+    return reduce_pairs(log_negatives - weight * positives, reduction, split)
 
 
 def _terms(z1: Tensor, z2: Tensor, negatives: Negatives, name: str, **options: Any) -> PairTerms:
@@ -142,9 +139,14 @@ def _terms(z1: Tensor, z2: Tensor, negatives: Negatives, name: str, **options: A
     return terms
 
 
-def _hardness(similarities: Tensor, sigma: float, split: Shard) -> Tensor:
-    """2 - N softmax(s / sigma) over the samples of all ranks, shape (N,)."""
-    scaled = similarities / sigma
+def hardness(
+    positives: Tensor, split: Shard, *, temperature: float | Tensor, sigma: float, detach: bool
+) -> Tensor:
+    """Weights 2 - N softmax(s / sigma) of positives, over the samples of all ranks, from their logits (N, 1)."""
+    if isinstance(temperature, Tensor):
+        temperature = at_least_float32(temperature)
+    scaled = positives * temperature / sigma
+    scaled = scaled.detach() if detach else scaled
     return 2 - split.total * torch.exp(scaled - torch.logsumexp(split.gather(scaled), 0))
 
 
