@@ -407,3 +407,16 @@ def test_measures_of_healthy_uniform_and_collapsed_scores():
     one[:, 3] += 5
     with pytest.warns(UserWarning, match="one prototype is the best of 100% of SwAV's samples"):
         assert SwAVLoss().measures(one, one)["largest_prototype_share"] == 1
+
+
+def test_codes_may_be_made_of_other_scores_than_predict():
+    codes_of = [random(5, 4, seed=seed).requires_grad_() for seed in (1, 2)]
+    predicting = [random(5, 4, seed=seed).requires_grad_() for seed in (3, 4)]
+    found = swav_loss(*codes_of, predictions=predicting)
+    q = [sinkhorn(scores.detach()) for scores in codes_of]
+    log_p = [(scores / 0.1).log_softmax(1) for scores in predicting]
+    torch.testing.assert_close(found, -(q[0] * log_p[1] + q[1] * log_p[0]).sum(1).mean() / 2)
+    torch.testing.assert_close(swav_loss(*codes_of, predictions=codes_of), swav_loss(*codes_of))
+    assert all(g is None for g in torch.autograd.grad(found, codes_of, allow_unused=True))
+    with pytest.raises(ValueError, match="predictions must hold one tensor for each of the 2 crops, got 1"):
+        swav_loss(*codes_of, predictions=predicting[:1])

@@ -10,6 +10,7 @@ from cl_core.functional import swav_loss
 from cl_core.losses import SwAVLoss
 from cl_core.method import Progress
 from cl_core.testing import Ranks
+from cl_core.transforms import PositiveExtrapolation
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import SwAV
@@ -150,6 +151,21 @@ def test_bad_parts_get_one_sentence():
         swav(freeze_epochs=-1.0)
     with pytest.raises(ValueError, match="compares views, so a batch needs at least 2"):
         swav()(crops(sizes=(8,)))
+
+
+def test_extrapolated_embeddings_predict_and_give_no_codes():
+    positive = PositiveExtrapolation(2.0, "scalar")
+    method, batch = swav(positive=positive, queue_size=16), crops()
+    rows = [unit(method.projector(method.encoder(view))) for view in batch.views]
+    torch.manual_seed(4)
+    found = method(batch)
+    torch.manual_seed(4)
+    lam = positive.draw(rows[0])
+    moved = [lam * rows[0] + (1 - lam) * rows[1], lam * rows[1] + (1 - lam) * rows[0], *rows[2:]]
+    scores, predictions = ([z @ method.prototypes.T for z in each] for each in (rows, moved))
+    torch.testing.assert_close(found, swav_loss(*scores, predictions=predictions))
+    torch.testing.assert_close(method.queues[0].embeddings, rows[0].detach())
+    torch.testing.assert_close(swav(positive=positive).eval()(batch), swav_loss(*scores))
 
 
 def test_half_precision_makes_codes_in_full():

@@ -64,6 +64,7 @@ def _codes(scores: Tensor, epsilon: float, iterations: int, split: Shard) -> Ten
 def swav_loss(
     *scores: Tensor,
     queue: Sequence[Tensor] | None = None,
+    predictions: Sequence[Tensor] | None = None,
     assignment_crops: Sequence[int] = (0, 1),
     epsilon: float = 0.05,
     iterations: int = 3,
@@ -84,6 +85,8 @@ def swav_loss(
         queue: for each of ``assignment_crops``, in its order, scores of earlier embeddings with the current
             prototypes, shape (Q, K), the same on all ranks; they take part in the balance of the codes and in nothing
             else.
+        predictions: scores of each crop that predict in place of ``scores``, which then make codes only (of transformed
+            embeddings, say); V tensors of shape (N, K).
         assignment_crops: which crops give codes; small crops usually only predict.
         epsilon: of :func:`sinkhorn`.
         iterations: of :func:`sinkhorn`.
@@ -109,12 +112,22 @@ def swav_loss(
     named = {f"scores[{i}]": crop for i, crop in enumerate(scores)}
     check_rows(group, **named)
     _checks.same_shape(**named)
+    if predictions is not None:
+        if len(predictions) != len(scores):
+            raise ValueError(
+                f"predictions must hold one tensor for each of the {len(scores)} crops, got {len(predictions)}."
+            )
+        predicted = {f"predictions[{i}]": crop for i, crop in enumerate(predictions)}
+        check_rows(group, **predicted)
+        _checks.same_shape(**{"scores[0]": scores[0]}, **predicted)
+        for name, of_crop in predicted.items():
+            _check_size(name, of_crop, temperature=temperature)
     for name, of_crop in named.items():
         _check_size(name, of_crop, epsilon=epsilon, temperature=temperature)
     split = shard(scores[0], group)
     codes = _codes_of_crops([scores[crop] for crop in assignment_crops], queue, epsilon, iterations, split)
     values = []
-    for crop, given in enumerate(scores):
+    for crop, given in enumerate(scores if predictions is None else predictions):
         targets = [q for q, own in zip(codes, assignment_crops, strict=True) if own != crop]
         if targets:
             log_predictions = F.log_softmax(similarity.at_least_float32(given) / temperature, 1)
@@ -334,12 +347,22 @@ class SwAVLoss(ScoresLoss):
             group=group,
         )
 
-    def forward(self, *scores: Tensor, queue: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        *scores: Tensor,
+        queue: Sequence[Tensor] | None = None,
+        predictions: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Loss of the scores (N, K) of two or more crops, with optional scores (Q, K) of a queue for each code."""
-        return swav_loss(*scores, queue=queue, **self.hyperparameters())
+        return swav_loss(*scores, queue=queue, predictions=predictions, **self.hyperparameters())
 
     @torch.no_grad()
-    def measures(self, *scores: Tensor, queue: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    def measures(
+        self,
+        *scores: Tensor,
+        queue: Sequence[Tensor] | None = None,
+        predictions: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """How codes and predictions use the prototypes; warns where they have collapsed.
 
         ``code_entropy`` and ``prediction_entropy`` are means over samples, as shares of log K: 1 where all prototypes
@@ -351,14 +374,15 @@ class SwAVLoss(ScoresLoss):
         given = [scores[crop] for crop in self.assignment_crops]  # type: ignore[union-attr]
         options = self.hyperparameters()
         codes = torch.cat(_codes_of_crops(given, queue, options["epsilon"], options["iterations"], split))
-        predictions = torch.cat(
-            [(similarity.at_least_float32(s) / options["temperature"]).softmax(1) for s in scores]
+        predicting = scores if predictions is None else predictions
+        predicted = torch.cat(
+            [(similarity.at_least_float32(s) / options["temperature"]).softmax(1) for s in predicting]
         )
         best = torch.bincount(torch.cat(given).argmax(1), minlength=scores[0].shape[1])
         found = {
             "code_entropy": torch.special.entr(codes).sum(1).mean() / log_k,
             "code_usage": torch.special.entr(codes.mean(0)).sum() / log_k,
-            "prediction_entropy": torch.special.entr(predictions).sum(1).mean() / log_k,
+            "prediction_entropy": torch.special.entr(predicted).sum(1).mean() / log_k,
             "largest_prototype_share": best.max() / best.sum(),
         }
         if found["code_entropy"] > _UNIFORM:

@@ -14,6 +14,7 @@ from cl_core import _checks
 from cl_core.losses import ScoresLoss
 from cl_core.memory import FeatureQueue
 from cl_core.method import Method, Progress
+from cl_core.transforms import PositiveExtrapolation
 from cl_vision.encoders import Encoder
 from cl_vision.methods._parts import built, check_parts, check_views
 from cl_vision.projectors import MLPProjector, Projector
@@ -44,6 +45,8 @@ class SwAV(Method):
             code counts iterations: 313 or 5005 are one epoch of its batches.)
         queue_size: rows of a queue, 0 for none.
         queue_from_epoch: when it starts to fill, best when the loss is clearly below its start at log K.
+        positive: moves the embeddings of the first two crops apart before they predict (feature transformation); codes
+            and queue stay with the embeddings as they are.
 
     Reference: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS
     2020, arXiv 2006.09882. Unlike the authors' code the queue need not be a multiple of the batch, and biases and norms
@@ -59,6 +62,7 @@ class SwAV(Method):
         freeze_epochs: float = 1.0,
         queue_size: int = 0,
         queue_from_epoch: int = 15,
+        positive: PositiveExtrapolation | None = None,
     ) -> None:
         super().__init__()
         check_parts(encoder, loss, ScoresLoss, called_with="(*scores, queue)")
@@ -71,6 +75,7 @@ class SwAV(Method):
         self.projector = built("projector", projector, encoder.dim, "the encoder's dim")
         self.num_prototypes, self.freeze_epochs = num_prototypes, freeze_epochs
         self.queue_size, self.queue_from_epoch = queue_size, queue_from_epoch
+        self.positive = positive
         width = self.projector.out_dim
         self.prototypes = nn.Parameter(F.normalize(torch.randn(num_prototypes, width), dim=1))
         self.assignment_crops = tuple(getattr(loss, "assignment_crops", (0, 1)))
@@ -84,7 +89,11 @@ class SwAV(Method):
         self._warn_of_too_many_prototypes(len(batch.views[0]))
         embeddings = self.project(batch.views)
         scores = [self.scores(rows) for rows in embeddings]
-        loss = self.criterion(*scores, queue=self._queue_scores())
+        options = {"queue": self._queue_scores()}
+        if self.positive is not None and self.training:
+            moved = self.positive(embeddings[0], embeddings[1])
+            options["predictions"] = [*map(self.scores, moved), *scores[2:]]
+        loss = self.criterion(*scores, **options)
         if self.training and self._epoch >= self.queue_from_epoch:
             group = getattr(self.criterion, "group", None)
             for queue, crop in zip(self.queues, self.assignment_crops, strict=False):
