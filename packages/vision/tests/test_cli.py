@@ -47,7 +47,7 @@ def test_data_names_lead_to_classes():
 def test_every_config_parses_and_says_its_command(name, capsys):
     assert DOMAIN.configs()[name].read_text().startswith(f"# cl-vision fit --config {name}\n")
     assert main(["fit", "--config", name, "--print_config"]) == 0
-    assert "class_path: cl_vision.methods." in capsys.readouterr().out
+    assert "model:\n  class_path: cl_vision." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(DOMAIN.grids()))
