@@ -1,6 +1,7 @@
 """Loss modules; their functional forms are in :mod:`cl_core.functional`."""
 
 from cl_core.losses._base import (
+    ClassPairLoss,
     ContrastiveLoss,
     EmbeddingLoss,
     LabelledLoss,
@@ -16,6 +17,7 @@ from cl_core.losses.attraction_repulsion import CACRLoss, CACRMomentumLoss
 from cl_core.losses.clip import CLIPLoss, SigLIPLoss
 from cl_core.losses.clustering import PrototypeNCELoss, SwAVLoss
 from cl_core.losses.decoupled import DCLLoss, DCLWLoss
+from cl_core.losses.gated_pairs import GatedPairLoss
 from cl_core.losses.hard_negative import DebiasedNCELoss, HardNegativeNCELoss
 from cl_core.losses.info_nce import InfoNCELoss
 from cl_core.losses.margin import CircleLoss, ContrastiveMarginLoss, MultiSimilarityLoss, TripletMarginLoss
@@ -33,12 +35,14 @@ __all__ = [
     "CACRMomentumLoss",
     "CLIPLoss",
     "CircleLoss",
+    "ClassPairLoss",
     "ContrastiveLoss",
     "ContrastiveMarginLoss",
     "DCLLoss",
     "DCLWLoss",
     "DebiasedNCELoss",
     "EmbeddingLoss",
+    "GatedPairLoss",
     "HardNegativeNCELoss",
     "InfoNCELoss",
     "LabelledLoss",
