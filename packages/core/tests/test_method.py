@@ -33,6 +33,22 @@ def test_only_matrices_decay_and_frozen_parameters_are_left_out():
     assert len(exempt["params"]) == 4
 
 
+def test_what_a_module_names_does_not_decay():
+    class Named(nn.Module):
+        undecayed = ("table.weight",)
+
+        def __init__(self):
+            super().__init__()
+            self.table, self.layer = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+    method = Tiny()
+    method.add_module("named", Named())
+    decayed, exempt = method.parameter_groups(0.1)
+    assert any(p is method.named.table.weight for p in exempt["params"])
+    assert any(p is method.named.layer.weight for p in decayed["params"])
+    assert len(decayed["params"]) == 3
+
+
 @pytest.mark.parametrize("name", ["loss", "embed", "update"])
 def test_what_a_method_must_define_says_so(name):
     arguments = {"update": (None, {}, None)}.get(name, (None,))

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_core.functional import cacr_loss
+from cl_core.functional import cacr_loss, gated_pair_loss
 
 RESULTS = Path(__file__).resolve().parents[1] / "RESULTS.md"
 BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
@@ -40,9 +40,10 @@ class Case:
     Attributes:
         method: name of the loss.
         size: what the size is, in words.
-        given: makes the embeddings.
+        given: makes the embeddings, side by side in one tensor.
         ours: our loss.
         published: the published form; None where it does not fit into memory.
+        tangential: whether the published form takes rows as of unit length, so that its gradient has a part along them.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Case:
     given: Callable[[], Tensor]
     ours: Callable[[Tensor], Tensor]
     published: Callable[[Tensor], Tensor] | None
+    tangential: bool = True
 
 
 def unit_views(views: int, rows: int, width: int) -> Callable[[], Tensor]:
@@ -85,11 +87,51 @@ def cacr(views: int, rows: int, width: int, *, fits: bool = True) -> Case:
     )
 
 
+def classes_of(rows: int, count: int = 100) -> tuple[Tensor, Tensor]:
+    """Labels of a batch, and partner classes: the labels in another order."""
+    labels = torch.arange(rows) % count
+    return labels, labels[torch.randperm(rows, generator=torch.Generator().manual_seed(1))]
+
+
+def published_simlap(given: Tensor, temperature: float = 0.1) -> Tensor:
+    """Every key behind every anchor's gate, rows x rows x width; plain exponentials less the row's mean logit."""
+    query, key, gates = given[0], given[1], given[2].sigmoid()
+    labels, partners = classes_of(len(query))
+    anchors, keys = F.normalize(gates * query, dim=1), F.normalize(gates[:, None] * key[None], dim=2)
+    logits = (anchors[:, None] * keys).sum(2) / temperature
+    logits = logits - logits.mean(1, keepdim=True).detach()
+    positive = partners[:, None] == labels
+    negative = ~(positive | (labels[:, None] == labels))
+    exponentials = logits.exp()
+    of_negatives = (exponentials * negative).sum(1, keepdim=True)
+    return (((exponentials + of_negatives).log() - logits) * positive).sum() / positive.sum()
+
+
+def ours_simlap(given: Tensor) -> Tensor:
+    labels, partners = classes_of(given.shape[1])
+    return gated_pair_loss(given[0], given[1], labels, partners, given[2].sigmoid())
+
+
+def simlap(rows: int, width: int, *, fits: bool = True) -> Case:
+    """Queries, keys and what the gates are the sigmoid of."""
+    return Case(
+        "SimLAP",
+        f"{rows} x {width}, a gate each",
+        lambda: torch.randn(3, rows, width, generator=torch.Generator().manual_seed(0)),
+        ours_simlap,
+        published_simlap if fits else None,
+        tangential=False,
+    )
+
+
 CASES = [
     cacr(2, 128, 128),
     cacr(5, 128, 128),
     cacr(2, 1024, 128),
     cacr(5, 4096, 128, fits=False),
+    simlap(128, 256),
+    simlap(512, 256),
+    simlap(2048, 256, fits=False),
 ]
 
 
@@ -101,14 +143,16 @@ def step(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check(case: Case) -> None:
-    """Values and the gradients' tangential part must agree in float64 (the published form keeps the radial one)."""
+    """Values and gradients must agree in float64; of a published form that keeps a radial part, the tangential one."""
     if case.published is None:
         return
     z = case.given()[:, :64].double()
     ours, theirs = step(case.ours, z), step(case.published, z)
     torch.testing.assert_close(ours[0], theirs[0])
-    tangential = theirs[1] - (theirs[1] * z).sum(-1, keepdim=True) * z
-    torch.testing.assert_close(ours[1], tangential)
+    gradient = theirs[1]
+    if case.tangential:
+        gradient = gradient - (gradient * z).sum(-1, keepdim=True) * z
+    torch.testing.assert_close(ours[1], gradient)
 
 
 def seconds(loss: Callable[[Tensor], Tensor], z: Tensor) -> float:

@@ -52,6 +52,12 @@ def embeddings(name: str, z: Tensor, *, at_least: int = 1) -> None:
     finite(name, z)
 
 
+def shares(name: str, values: Tensor) -> None:
+    """Refuse entries outside [0, 1]."""
+    values = values.detach()
+    require(((values >= 0) & (values <= 1)).all(), f"{name} must lie in [0, 1], got other values.")
+
+
 def same_shape(**tensors: Tensor) -> None:
     """Refuse tensors of unequal shape, dtype or device."""
     _agree(tensors, "shape", lambda t: tuple(t.shape))

@@ -6,6 +6,7 @@ from cl_core.losses.clip import clip_loss, siglip_loss
 from cl_core.losses.clustering import prototype_nce_loss, sinkhorn, swav_loss
 from cl_core.losses.decoupled import dcl_loss, dclw_loss
 from cl_core.losses.feature_transform import transformed_info_nce_loss
+from cl_core.losses.gated_pairs import gated_pair_loss, gated_similarity
 from cl_core.losses.hard_negative import debiased_nce_loss, hard_negative_nce_loss
 from cl_core.losses.info_nce import info_nce_loss
 from cl_core.losses.margin import (
@@ -33,6 +34,8 @@ __all__ = [
     "dcl_loss",
     "dclw_loss",
     "debiased_nce_loss",
+    "gated_pair_loss",
+    "gated_similarity",
     "hard_negative_nce_loss",
     "info_nce_loss",
     "multi_similarity_loss",

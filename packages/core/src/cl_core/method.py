@@ -70,14 +70,22 @@ class Method(nn.Module):
     def parameter_groups(self, weight_decay: float) -> Iterable[dict[str, Any]]:
         """Parameter groups for the optimiser; by default biases and vectors (norms) carry no weight decay.
 
+        Nor do the parameters that a module names in an attribute ``undecayed``, such as ``("embedding.weight",)``.
+
         A group may scale the learning rate by ``"lr_scale"`` and name its ``"optimizer"``: groups of one name
         share an optimiser. All optimisers step on the one loss, unless :meth:`update` is defined.
         """
         decayed: list[Tensor] = []
         exempt: list[Tensor] = []
+        named = {
+            module.get_parameter(name)
+            for module in self.modules()
+            for name in getattr(module, "undecayed", ())
+        }
         for parameter in self.parameters():
             if parameter.requires_grad:
-                (decayed if parameter.ndim > 1 else exempt).append(parameter)
+                spared = parameter.ndim <= 1 or parameter in named
+                (exempt if spared else decayed).append(parameter)
         settings = ((decayed, weight_decay), (exempt, 0.0))
         return [{"params": params, "weight_decay": decay} for params, decay in settings if params]
 

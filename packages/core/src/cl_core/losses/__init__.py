@@ -1,6 +1,7 @@
 """Loss modules; their functional forms are in :mod:`cl_core.functional`."""
 
 from cl_core.losses._base import (
+    ClassPairLoss,
     ContrastiveLoss,
     EmbeddingLoss,
     LabelledLoss,
@@ -17,6 +18,7 @@ from cl_core.losses.clip import CLIPLoss, SigLIPLoss
 from cl_core.losses.clustering import PrototypeNCELoss, SwAVLoss
 from cl_core.losses.decoupled import DCLLoss, DCLWLoss
 from cl_core.losses.feature_transform import FeatureTransform
+from cl_core.losses.gated_pairs import GatedPairLoss
 from cl_core.losses.hard_negative import DebiasedNCELoss, HardNegativeNCELoss
 from cl_core.losses.info_nce import InfoNCELoss
 from cl_core.losses.margin import CircleLoss, ContrastiveMarginLoss, MultiSimilarityLoss, TripletMarginLoss
@@ -34,6 +36,7 @@ __all__ = [
     "CACRMomentumLoss",
     "CLIPLoss",
     "CircleLoss",
+    "ClassPairLoss",
     "ContrastiveLoss",
     "ContrastiveMarginLoss",
     "DCLLoss",
@@ -41,6 +44,7 @@ __all__ = [
     "DebiasedNCELoss",
     "EmbeddingLoss",
     "FeatureTransform",
+    "GatedPairLoss",
     "HardNegativeNCELoss",
     "InfoNCELoss",
     "LabelledLoss",

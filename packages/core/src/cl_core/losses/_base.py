@@ -92,6 +92,19 @@ class LabelledLoss(ContrastiveLoss):
         raise NotImplementedError(f"{type(self).__name__} must define forward(z, labels).")
 
 
+class ClassPairLoss(ContrastiveLoss):
+    """Called with ``(query, key, labels, partners, gates)``: each query is drawn to the keys of a partner class.
+
+    Row i of all five belongs to one anchor: query and gate have the same width, labels and partners are integers.
+    """
+
+    def forward(self, query: Tensor, key: Tensor, labels: Tensor, partners: Tensor, gates: Tensor) -> Tensor:
+        """Loss of queries and keys (B, K) with classes and partner classes (B,) and gates (B, K)."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define forward(query, key, labels, partners, gates)."
+        )
+
+
 class EmbeddingLoss(ContrastiveLoss):
     """Called with ``(z)``: rows of one view."""
 

@@ -1,6 +1,7 @@
 """Batch samplers: seeded by (seed, epoch), the same number of batches on every rank, resumable mid-epoch.
 
-Each goes into ``torch.utils.data.DataLoader(data, batch_sampler=sampler)``.
+Each goes into ``torch.utils.data.DataLoader(data, batch_sampler=sampler)``. What is called ``Partners`` is no batch
+sampler: it draws, for the labels of a batch, the classes that they are paired with.
 
 Example:
     >>> from cl_core.samplers import SamplesPerClassBatchSampler
@@ -28,24 +29,41 @@ if TYPE_CHECKING:
     from cl_core.samplers.epoch import EpochBatchSampler
     from cl_core.samplers.hard_negatives import HardNegativeBatchSampler
     from cl_core.samplers.identities import GroupAwareBatchSampler, UniqueIdBatchSampler
+    from cl_core.samplers.partners import (
+        ArbitraryPartners,
+        DistinctPartners,
+        IdenticalPartners,
+        PartnerClasses,
+        WeightedPartners,
+    )
 
 _HOME = {
+    "ArbitraryPartners": "partners",
     "ClassBalancedBatchSampler": "classes",
+    "DistinctPartners": "partners",
     "DistributedBatchSampler": "_base",
     "EpochBatchSampler": "epoch",
     "GroupAwareBatchSampler": "identities",
     "HardNegativeBatchSampler": "hard_negatives",
+    "IdenticalPartners": "partners",
+    "PartnerClasses": "partners",
     "SamplesPerClassBatchSampler": "classes",
     "UniqueIdBatchSampler": "identities",
+    "WeightedPartners": "partners",
 }
 __all__ = [
+    "ArbitraryPartners",
     "ClassBalancedBatchSampler",
+    "DistinctPartners",
     "DistributedBatchSampler",
     "EpochBatchSampler",
     "GroupAwareBatchSampler",
     "HardNegativeBatchSampler",
+    "IdenticalPartners",
+    "PartnerClasses",
     "SamplesPerClassBatchSampler",
     "UniqueIdBatchSampler",
+    "WeightedPartners",
 ]
 
 

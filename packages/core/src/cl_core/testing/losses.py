@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from cl_core.losses import (
+    ClassPairLoss,
     ContrastiveLoss,
     EmbeddingLoss,
     LabelledLoss,
@@ -83,12 +84,17 @@ def inputs(
     def embeddings(rows: int) -> Tensor:
         return torch.randn(rows, width, generator=generator, dtype=torch.float64)
 
-    if issubclass(loss, TwoViewLoss | QueueLoss | PredictionLoss):
+    if issubclass(loss, TwoViewLoss | QueueLoss | PredictionLoss | ClassPairLoss):
         first, noise = embeddings(rows), embeddings(rows)
         query, key = first.to(dtype), (first + 0.7 * noise).to(dtype)
         query.requires_grad_()
         if issubclass(loss, QueueLoss):
             return query, key, embeddings(rows).to(dtype)
+        if issubclass(loss, ClassPairLoss):
+            labels = torch.arange(rows) % max(3, rows // 3)  # a third class for the negatives
+            partners = labels[torch.randperm(rows, generator=generator)]
+            gates = embeddings(rows).sigmoid().to(dtype).requires_grad_()
+            return query, key.requires_grad_(), labels, partners, gates
         return query, key.requires_grad_(not issubclass(loss, PredictionLoss))
     if issubclass(loss, ScoresLoss):
         return tuple(embeddings(rows).to(dtype).requires_grad_() for _ in range(3))
@@ -302,6 +308,13 @@ def _extremes(loss: LossClass) -> Iterator[tuple[str, Inputs]]:
     if issubclass(loss, TwoViewLoss | PredictionLoss):
         yield "identical views", (given[0], given[0].clone())
         yield "antipodal views", (given[0], -given[0])
+    if issubclass(loss, ClassPairLoss):
+        query, _, labels, partners, gates = given
+        yield "queries as keys", (query, query, labels, partners, gates)
+        yield "no positive", (query, query, labels, partners + 8, gates)
+        yield "no negative", (query, query, labels % 2, 1 - labels % 2, gates)
+        yield "one class", (query, query, labels * 0, labels * 0, gates)
+        yield "closed gates", (query, query, labels, partners, gates * 0)
     if issubclass(loss, LabelledLoss):
         yield "no positive", (given[0], torch.arange(8))
         yield "one class", (given[0], torch.zeros(8, dtype=torch.int64))
@@ -401,8 +414,9 @@ def _bad_inputs_get_one_sentence(loss: LossClass) -> None:
         refused("unequal widths", good[0], *_with_embeddings(rest, lambda z: z[:, :-1]))
         if not issubclass(loss, PrototypeLoss):  # prototypes may be kept in another precision
             refused("unequal dtypes", good[0], *_with_embeddings(rest, lambda z: z.float()))
-    if rest and not rest[-1].is_floating_point():
-        refused("floating labels", *good[:-1], rest[-1].double())
+    for i, tensor in enumerate(good):
+        if not tensor.is_floating_point():
+            refused("floating labels", *good[:i], tensor.double(), *good[i + 1 :])
     if "temperature" in options(loss):
         for value in (0.0, -1.0, float("nan"), "warm"):
             refused(f"temperature {value}", *good, temperature=value)
@@ -461,7 +475,10 @@ def encoded_loss(
     if "temperature" in options(loss):
         module.temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
         parameters.append(module.temperature)
-    value = module(*(t @ weight if t.is_floating_point() else t for t in given))
+    encoded = [t @ weight if t.is_floating_point() else t for t in given]
+    if issubclass(loss, ClassPairLoss):
+        encoded[4] = encoded[4].sigmoid()
+    value = module(*encoded)
     gradients = torch.autograd.grad(value, parameters, allow_unused=True)
     filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))
     return value.detach(), list(filled)
