@@ -10,10 +10,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from cl_core import plugins
+from cl_core.gates import PairGate
 from cl_core.losses import (
     BarlowTwinsLoss,
     BYOLLoss,
     DCLLoss,
+    GatedPairLoss,
     InfoNCELoss,
     NegativeCosineSimilarityLoss,
     SupConLoss,
@@ -25,7 +27,20 @@ from cl_core.testing.methods import CHECKS, BareTraining, Case
 from cl_core.training import LitMethod, Optimization
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
-from cl_vision.methods import BYOL, NNCLR, BarlowTwins, MoCo, MoCoV3, SimCLR, SimSiam, SupCon, SwAV, VICReg
+from cl_vision.methods import (
+    BYOL,
+    NNCLR,
+    BarlowTwins,
+    Hydra,
+    MoCo,
+    MoCoV3,
+    SimCLR,
+    SimLAP,
+    SimSiam,
+    SupCon,
+    SwAV,
+    VICReg,
+)
 from cl_vision.projectors import MLPProjector
 
 # {method: {check: reason}}: the one place where a method may be excused from a check.
@@ -87,14 +102,31 @@ def supcon():
     return SupCon(SmallConvNet(4, in_channels=1), SupConLoss(0.2), heads()[0])
 
 
+def gate():
+    return PairGate(3, 16, embedding_dim=8, hidden_dim=8)
+
+
+def simlap():
+    head = MLPProjector(hidden_dim=24, out_dim=16, final_norm="layer")
+    return SimLAP(SmallConvNet(4, in_channels=1), GatedPairLoss(0.2), 3, head, gate(), entropy_weight=0.1)
+
+
+def hydra():
+    encoder, loss = SmallConvNet(4, in_channels=1), GatedPairLoss(0.2)
+    parts = {"projector": heads()[0], "predictor": heads()[0], "gate": gate()}
+    return Hydra(encoder, loss, 3, InfoNCELoss(0.2), **parts, momentum=0.9)
+
+
 # A tiny instance of every registered method, and its loss after two steps of the battery's training.
 TINY = {
     "BYOL": (byol, 2.834877),
     "BarlowTwins": (barlow_twins, 0.2800587),
+    "Hydra": (hydra, 2.146921),
     "MoCo": (moco, 2.276033),
     "MoCoV3": (moco_v3, 1.87662),
     "NNCLR": (nnclr, 2.700348),
     "SimCLR": (simclr, -0.6033516),
+    "SimLAP": (simlap, 1.794994),
     "SimSiam": (simsiam, -0.2355113),
     "SupCon": (supcon, 2.827545),
     "SwAV": (swav, 1.012586),

@@ -29,7 +29,91 @@ class ClassPairGates(NamedTuple):
     gates: Tensor
 
 
-class PairGate(nn.Module):
+class Gate(nn.Module):
+    """Base of gates in [0, 1]^K for pairs of classes.
+
+    Args:
+        num_classes: classes C, numbered 0 to C - 1.
+        dim: dimensions K of the embeddings to be gated.
+    """
+
+    _at: Tensor
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        _checks.count("num_classes", num_classes)
+        _checks.count("dim", dim)
+        super().__init__()
+        self.num_classes, self.dim = num_classes, dim
+        self.register_buffer(
+            "_at", torch.empty(0), persistent=False
+        )  # knows the device where there are no weights
+
+    def forward(self, labels: Tensor, partners: Tensor | None = None) -> Tensor:
+        """Gates of pairs of classes (B,) and (B,), or of single classes, shape (B, K)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(labels, partners).")
+
+    @torch.no_grad()
+    def lookup(self, labels: Tensor, partners: Tensor | None = None, *, tile: int = 8192) -> Tensor:
+        """Gates as after training, whatever the mode: from the running statistics, without a gradient.
+
+        Args:
+            labels: as in :meth:`forward`.
+            partners: as in :meth:`forward`.
+            tile: pairs at a time.
+
+        Returns:
+            Shape (P, K).
+        """
+        _checks.count("tile", tile)
+        given = [labels] if partners is None else [labels, partners]
+        with _evaluating(self):
+            parts = [self(*some) for some in zip(*(t.split(tile) for t in given), strict=True)]
+        return torch.cat(parts)
+
+    def gates_of_all_pairs(self, classes: Tensor | None = None, *, tile: int = 8192) -> ClassPairGates:
+        """Gates of all unordered pairs of classes, those of a class with itself included, as by :meth:`lookup`.
+
+        Args:
+            classes: integers, shape (C',), to take pairs of these alone; None: of all C.
+            tile: pairs at a time.
+
+        Returns:
+            The P = C' (C' + 1) / 2 pairs and their gates (P, K).
+
+        Cost: O(P K) memory: half a gigabyte for 1,000 classes and K = 256.
+        """
+        device = self._at.device
+        classes = torch.arange(self.num_classes, device=device) if classes is None else classes.to(device)
+        first, second = classes[torch.triu_indices(len(classes), len(classes), device=device)]
+        return ClassPairGates(first, second, self.lookup(first, second, tile=tile))
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"num_classes={self.num_classes}, dim={self.dim}"
+
+    def _check(self, name: str, labels: Tensor, rows: int) -> None:
+        _checks.labels(name, labels, rows=rows, of="labels", device=self._at.device)
+        inside = ((labels >= 0) & (labels < self.num_classes)).all()
+        _checks.require(inside, f"{name} must lie in [0, {self.num_classes}), got another class.")
+
+
+class OpenGate(Gate):
+    """All dimensions open to all pairs: the control without a gate.
+
+    Args:
+        num_classes: classes C.
+        dim: dimensions K.
+    """
+
+    def forward(self, labels: Tensor, partners: Tensor | None = None) -> Tensor:
+        """Ones, shape (B, K)."""
+        self._check("labels", labels, len(labels))
+        if partners is not None:
+            self._check("partners", partners, len(labels))
+        return self._at.new_ones(len(labels), self.dim)
+
+
+class PairGate(Gate):
     r"""A gate in (0, 1)^K for a pair of classes, from a trainable embedding e of every class.
 
         mean      g(a, b) = sigmoid(MLP((e_a + e_b) / 2))
@@ -63,13 +147,12 @@ class PairGate(nn.Module):
         hidden_dim: int = 1024,
         fusion: Fusion = "mean",
     ) -> None:
-        _checks.count("num_classes", num_classes)
-        _checks.count("dim", dim)
         _checks.count("embedding_dim", embedding_dim)
         _checks.count("hidden_dim", hidden_dim)
         _checks.choice("fusion", fusion, get_args(Fusion))
-        super().__init__()
-        self.num_classes, self.dim, self.fusion = num_classes, dim, fusion
+        super().__init__(num_classes, dim)
+        self.fusion = fusion
+        self.embedding_dim, self.hidden_dim = embedding_dim, hidden_dim
         self.embedding = nn.Embedding(num_classes, embedding_dim)
         self.mlp = nn.Sequential(
             nn.ReLU(),
@@ -103,53 +186,13 @@ class PairGate(nn.Module):
         first, second = self._gates(both.flatten(0, 1)).chunk(2)
         return first * second
 
-    @torch.no_grad()
-    def lookup(self, labels: Tensor, partners: Tensor | None = None, *, tile: int = 8192) -> Tensor:
-        """Gates as after training, whatever the mode: from the running statistics, without a gradient.
-
-        Args:
-            labels: as in :meth:`forward`.
-            partners: as in :meth:`forward`.
-            tile: pairs at a time.
-
-        Returns:
-            Shape (P, K).
-        """
-        _checks.count("tile", tile)
-        given = [labels] if partners is None else [labels, partners]
-        with _evaluating(self):
-            parts = [self(*some) for some in zip(*(t.split(tile) for t in given), strict=True)]
-        return torch.cat(parts)
-
-    def gates_of_all_pairs(self, classes: Tensor | None = None, *, tile: int = 8192) -> ClassPairGates:
-        """Gates of all unordered pairs of classes, those of a class with itself included, as by :meth:`lookup`.
-
-        Args:
-            classes: integers, shape (C',), to take pairs of these alone; None: of all C.
-            tile: pairs at a time.
-
-        Returns:
-            The P = C' (C' + 1) / 2 pairs and their gates (P, K).
-
-        Cost: O(P K) memory: half a gigabyte for 1,000 classes and K = 256.
-        """
-        device = self.embedding.weight.device
-        classes = torch.arange(self.num_classes, device=device) if classes is None else classes.to(device)
-        first, second = classes[torch.triu_indices(len(classes), len(classes), device=device)]
-        return ClassPairGates(first, second, self.lookup(first, second, tile=tile))
-
     def extra_repr(self) -> str:
-        """Show the fusion; the rest can be seen of the parts."""
-        return f"fusion={self.fusion!r}"
+        """Show the sizes and the fusion."""
+        return f"{super().extra_repr()}, fusion={self.fusion!r}"
 
     def _gates(self, embedded: Tensor) -> Tensor:
         logits: Tensor = self.mlp(embedded)
         return _rows.wide(logits).sigmoid()
-
-    def _check(self, name: str, labels: Tensor, rows: int) -> None:
-        _checks.labels(name, labels, rows=rows, of="labels", device=self.embedding.weight.device)
-        inside = ((labels >= 0) & (labels < self.num_classes)).all()
-        _checks.require(inside, f"{name} must lie in [0, {self.num_classes}), got another class.")
 
 
 class _BatchNorm(nn.BatchNorm1d):

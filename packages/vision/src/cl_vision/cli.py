@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cl_core.training import cli
 
@@ -42,6 +42,7 @@ DOMAIN = cli.Domain(
     },
 )
 
+_MOST_CLASSES = 200  # whose 20,100 pairs are still looked at
 _BASELINES = {"untrained": "untrained encoder", "raw": "raw pixels"}
 
 
@@ -51,12 +52,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def draw(drawing: Drawing) -> None:
-    """Figures of a finished run: curves, a map of the test embeddings, similarities over training.
+    """Figures of a finished run: curves, a map of the test embeddings, similarities over training, gates of class pairs.
 
     What a figure needs and the run does not have leaves it out. One that fails is said to be missing: the result
     of the training does not hang on it.
     """
-    for plot in (_draw_curves, _draw_embeddings, _draw_similarities):
+    for plot in (_draw_curves, _draw_embeddings, _draw_similarities, _draw_gates):
         try:
             plot(drawing)
         except (
@@ -130,3 +131,38 @@ def _draw_similarities(drawing: Drawing) -> None:
         negative=[values.numpy() for values in negative],
         step_name="optimiser step",
     )
+
+
+def _draw_gates(drawing: Drawing) -> None:
+    """What a method with a gate has learnt of its classes: a heat map, and a table of all pairs."""
+    import csv
+
+    import torch
+
+    from cl_core.training.files import text_of, write_atomically
+    from cl_core.gates import PairGate, open_dimensions
+    from cl_vision import figures
+
+    gate = getattr(drawing.method, "gate", None)
+    if not isinstance(gate, PairGate) or gate.num_classes > _MOST_CLASSES:
+        return
+    first, second, gates = (part.cpu() for part in gate.gates_of_all_pairs())
+    count = open_dimensions(gates)
+    matrix = torch.zeros(gate.num_classes, gate.num_classes, dtype=count.dtype)
+    matrix[first, second] = matrix[second, first] = count
+    names = [str(name) for name in drawing.class_names or range(gate.num_classes)]
+    title = f"Dimensions of {gate.dim} that a pair of classes shares"
+    figures.plot_class_pairs(
+        drawing.run.figures / "class_pairs.png", matrix.numpy(), class_names=names, title=title
+    )
+
+    def write(file: Any) -> None:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["first", "second", "open_dimensions", "mean_gate", "dimensions"])
+        order = count.argsort(descending=True, stable=True).tolist()
+        for pair in order:
+            dimensions = " ".join(map(str, (gates[pair] > 0.5).nonzero().flatten().tolist()))
+            line = [names[first[pair]], names[second[pair]], int(count[pair])]
+            writer.writerow([*line, f"{gates[pair].mean():.4f}", dimensions])
+
+    write_atomically(drawing.run.path / "class_pairs.csv", text_of(write))

@@ -310,6 +310,52 @@ def plot_comparison(
     return _save(figure, path)
 
 
+def plot_class_pairs(
+    path: str | Path,
+    values: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+    title: str = "Class pairs",
+    quantity: str = "open dimensions",
+) -> Path:
+    """Heat map of a number for every pair of classes.
+
+    Args:
+        path: PNG to write.
+        values: shape (C, C).
+        class_names: of the C classes; None for their numbers.
+        title: of the picture.
+        quantity: what the colours tell.
+
+    Returns:
+        The path written.
+    """
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise ValueError(f"values must have shape (C, C) with C >= 1, got {matrix.shape}.")
+    names = [str(name) for name in (class_names or range(len(matrix)))]
+    if len(names) != len(matrix):
+        raise ValueError(f"class_names must name {len(matrix)} classes, got {len(names)}.")
+    side = 3.4 + 0.28 * min(len(matrix), 30)
+    figure = _figure(width=side + 1.2, height=side)
+    axes = figure.subplots()
+    image = axes.imshow(matrix, cmap="cividis", interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, shrink=0.85)
+    bar.set_label(quantity, color=_TEXT)
+    bar.ax.tick_params(colors=_TEXT)
+    if len(names) <= 40:
+        axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+    if len(names) <= 12:
+        middle = (matrix.min() + matrix.max()) / 2
+        for (row, column), value in np.ndenumerate(matrix):
+            colour = "white" if value < middle else "black"
+            axes.text(column, row, f"{value:.3g}", color=colour, ha="center", va="center", fontsize=8)
+    _tidy(axes, grid=False)
+    axes.set_title(title, color=_TEXT)
+    return _save(figure, path)
+
+
 def _draw_curves(
     axes: Axes, curves: Mapping[str, Curve], step_name: str, quantity: str, *, markers: bool = False
 ) -> None:

@@ -11,23 +11,22 @@ Example:
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_core import _checks, _rows
 
 
-class PartnerClasses(ABC):
+class PartnerClasses(nn.Module):
     """Base: ``draw(labels, generator)`` gives one partner class a label.
 
     What is drawn depends on labels and generator alone, also on which device the labels are. Of several processes each
     draws for its own labels; they should not have generators of the same seed.
     """
 
-    def __call__(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Partner classes of a batch.
 
         Args:
@@ -45,13 +44,14 @@ class PartnerClasses(ABC):
         _checks.labels("labels", labels, rows=rows, of="the batch", device=device)
         return self._draw(labels.long(), generator).to(labels.dtype)
 
-    @abstractmethod
     def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
         """Partners of int64 labels."""
+        raise NotImplementedError(f"{type(self).__name__} must define _draw(labels, generator).")
 
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name[0] != "_")
-        return f"{type(self).__name__}({shown})"
+    def extra_repr(self) -> str:
+        """Show the numbers that it was made with."""
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        return ", ".join(f"{name}={value!r}" for name, value in numbers.items() if name != "training")
 
 
 class ArbitraryPartners(PartnerClasses):
@@ -81,6 +81,7 @@ class DistinctPartners(PartnerClasses):
 
     def __init__(self, num_classes: int) -> None:
         _checks.count("num_classes", num_classes, at_least=2)
+        super().__init__()
         self.num_classes = num_classes
 
     def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -108,6 +109,8 @@ class WeightedPartners(PartnerClasses):
     Cost: O(C^2) memory, O(B C) a batch.
     """
 
+    _probabilities: Tensor
+
     def __init__(self, distances: Tensor, exponent: float, *, max_level: float | None = None) -> None:
         if not isinstance(distances, Tensor) or distances.ndim != 2 or len(set(distances.shape)) != 1:
             came = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
@@ -117,6 +120,7 @@ class WeightedPartners(PartnerClasses):
         _checks.number("exponent", exponent, at_least=0)
         if max_level is not None:
             _checks.positive("max_level", max_level)
+        super().__init__()
         self.num_classes, self.exponent, self.max_level = len(distances), exponent, max_level
         weights = (1 + distances.detach().to(_rows.accumulation_dtype(distances.device))) ** -exponent
         if max_level is not None:
@@ -125,7 +129,7 @@ class WeightedPartners(PartnerClasses):
             raise ValueError(
                 f"distances must hold one below max_level {max_level} for every class, got a row without."
             )
-        self._probabilities = weights / weights.sum(1, keepdim=True)
+        self.register_buffer("_probabilities", weights / weights.sum(1, keepdim=True), persistent=False)
 
     @property
     def probabilities(self) -> Tensor:

@@ -89,6 +89,7 @@ class Drawing:
         metrics: accuracies by encoder, as in ``metrics.json``.
         embeddings: of the trained method by split; empty without evaluation.
         class_names: as the data says.
+        method: what was trained.
     """
 
     run: RunFolder
@@ -96,6 +97,7 @@ class Drawing:
     metrics: Mapping[str, Any]
     embeddings: Mapping[str, Embedding] = field(default_factory=dict)
     class_names: Any = None
+    method: Method | None = None
 
 
 Artist = Callable[[Drawing], None]
@@ -398,7 +400,7 @@ def _conclude(run: RunFolder, lit: LitMethod, task: _Task, table: MetricsTable) 
     metrics = run.write_metrics(**entries, train=table.rows[-1] if table.rows else {})
     if task.artist is not None:
         try:
-            task.artist(Drawing(run, table, metrics, embeddings, task.data.class_names))
+            task.artist(Drawing(run, table, metrics, embeddings, task.data.class_names, method))
         except Exception as error:  # a picture must not cost the result
             said = f"{type(error).__name__}: {sentence(error)}"
             warnings.warn(f"the figures of {run.path} could not be drawn: {said}", stacklevel=3)

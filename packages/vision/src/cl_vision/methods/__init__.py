@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cl_vision.methods.barlow_twins import BarlowTwins
     from cl_vision.methods.byol import BYOL
+    from cl_vision.methods.hydra import Hydra, SimLAP
     from cl_vision.methods.moco import MoCo, MoCoV3
     from cl_vision.methods.nnclr import NNCLR
     from cl_vision.methods.simclr import SimCLR
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
 _HOME = {
     "BYOL": "byol",
     "BarlowTwins": "barlow_twins",
+    "Hydra": "hydra",
     "MoCo": "moco",
     "MoCoV3": "moco",
     "NNCLR": "nnclr",
     "SimCLR": "simclr",
+    "SimLAP": "hydra",
     "SimSiam": "simsiam",
     "SupCon": "supcon",
     "SwAV": "swav",
@@ -32,9 +35,11 @@ __all__ = [
     "BYOL",
     "NNCLR",
     "BarlowTwins",
+    "Hydra",
     "MoCo",
     "MoCoV3",
     "SimCLR",
+    "SimLAP",
     "SimSiam",
     "SupCon",
     "SwAV",
