@@ -111,11 +111,11 @@ def test_the_gate_learns():
 def test_bad_parts_and_labels_get_one_sentence(kind):
     encoder = SmallConvNet(4, in_channels=1)
     with pytest.raises(
-        TypeError, match="loss must be a ClassPairLoss, called with .query, key, labels, partners"
+        TypeError, match=r"loss must be a ClassPairLoss, called with \(query, key, labels, partners"
     ):
         kind(encoder, DCLLoss(), 3)
     with pytest.raises(
-        ValueError, match="gate must be of 3 classes and 16 dimensions, .* got one of 4 and 16"
+        ValueError, match=r"gate must be of 3 classes and 16 dimensions, .* got one of 4 and 16"
     ):
         kind(encoder, GatedPairLoss(), 3, projector=head(), gate=gate(4))
     method = kind(encoder, GatedPairLoss(), 3, projector=head(), gate=gate())
@@ -124,7 +124,7 @@ def test_bad_parts_and_labels_get_one_sentence(kind):
         method(batch._replace(labels=batch.labels - 1))
     with pytest.raises(ValueError, match="num_classes must be above every label, got 3 and label 3"):
         method(batch._replace(labels=batch.labels + 1))
-    with pytest.raises(ValueError, match="num_classes must be an|num_classes must be at least 1"):
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         kind(encoder, GatedPairLoss(), 0)
 
 

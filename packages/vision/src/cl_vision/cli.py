@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def draw(drawing: Drawing) -> None:
-    """Figures of a finished run: curves, a map of the test embeddings, similarities over training, gates of class pairs.
+    """Figures of a finished run: curves, a map of the test embeddings, similarities over training, class pairs.
 
     What a figure needs and the run does not have leaves it out. One that fails is said to be missing: the result
     of the training does not hang on it.
@@ -139,8 +139,8 @@ def _draw_gates(drawing: Drawing) -> None:
 
     import torch
 
-    from cl_core.training.files import text_of, write_atomically
     from cl_core.gates import PairGate, open_dimensions
+    from cl_core.training.files import text_of, write_atomically
     from cl_vision import figures
 
     gate = getattr(drawing.method, "gate", None)

@@ -36,8 +36,8 @@ class SimLAP(Method):
         num_classes: classes of the labels.
         projector: head between encoder and loss; None for two layers of 2048 to 256 columns with layer normalisation
             at the end (a batch normalisation there would keep the gates from closing).
-        gate: from two classes to a gate; None for the paper's, a ``PairGate`` with an embedding of 512 and a hidden layer of
-            1024. ``OpenGate`` is the control without one.
+        gate: from two classes to a gate; None for the paper's, a ``PairGate`` with an embedding of 512 and a hidden
+            layer of 1024. ``OpenGate`` is the control without one.
         partners: how partner classes are drawn; None for arbitrary ones, a permutation of the batch's labels.
         entropy_weight: gamma >= 0 of the gates' entropy in the loss, which pushes them to 0 or 1.
 
