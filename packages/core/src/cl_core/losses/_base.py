@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +37,18 @@ class ContrastiveLoss(nn.Module):
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments as they stand now: what the functional form is called with."""
         return {name: getattr(self, name) for name in self._names}
+
+    def measures(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """What is worth logging of these inputs beside the loss, as 0-d tensors without a gradient.
+
+        Nothing unless a loss says more. Called with what the loss is called with, as rarely as it is logged; of this
+        process's rows alone, so that one rank may call it.
+        """
+        return {}
+
+    def advice(self, measures: Mapping[str, Tensor]) -> str | None:
+        """A sentence if measures of :meth:`measures` tell of trouble, for whoever logs them to warn with; or None."""
+        return None
 
     def extra_repr(self) -> str:
         """Show the hyper-parameters."""
