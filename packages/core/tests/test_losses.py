@@ -9,7 +9,7 @@ import torch
 
 from cl_core import functional, losses, plugins
 from cl_core.testing import check_group, loss_checks
-from cl_core.testing.losses import CHECKS, inputs, options
+from cl_core.testing.losses import CHECKS, inputs, made, options
 
 # {loss: {check: reason}}: the one place where a loss may be excused from a check.
 EXCLUSIONS = json.loads(Path(__file__).with_name("exclusions.json").read_text())
@@ -56,7 +56,7 @@ def test_battery(name, check):
 def test_every_form_compiles_ahead_of_time(name, impl, dynamic):
     """Beyond the battery, which traces dense forms no further than their graph, and all with symbols for shapes."""
     loss = LOSSES[name]
-    module = loss(impl=impl)
+    module = made(loss, inputs(loss), impl=impl)
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (7, 12) if dynamic else (9,):
@@ -106,6 +106,10 @@ def memory():
         ("GatedPairLoss", 0, {"per": "anchor"}),
         ("GatedPairLoss", 0, {"self_pairs": False, "impl": "tiled"}),
         ("GatedPairLoss", 0, {"similarity": "gated_dot", "alpha": 0.5, "learn_alpha": True}),
+        ("AMCLLoss", 0, {"include_positive": True, "shared": True}),
+        ("AMCLLoss", 0, {"pooling": "lse", "raw_input": True}),
+        ("AMCLLoss", 1, {}),
+        ("AMCLLoss", 1, {"pooling": "lse", "include_positive": True}),
         ("InfoNCELoss", 0, {"symmetric": True}),
         ("InfoNCELoss", 1, {}),
         ("InfoNCELoss", 1, {"in_batch": True}),
@@ -133,16 +137,18 @@ def test_a_module_is_its_function(name):
     """So that parity with other libraries, shown for the functions, holds for the modules too."""
     loss = LOSSES[name]
     function = FUNCTIONS.get(name.lower()) or FUNCTIONS[name.removesuffix("Loss").lower()]
-    module = loss(**({"temperature": 0.3} if "temperature" in options(loss) else {})).double()
+    given = inputs(loss)
+    module = made(loss, given, temperature=0.3 if "temperature" in options(loss) else None).double()
     settings = {name: value for name, value in module.hyperparameters().items() if name != "max_scale"}
     settings.pop("miner", None)
     for learnt in ("logit_scale", "logit_bias"):
         if hasattr(module, learnt):
             settings[learnt] = getattr(module, learnt)
+    if hasattr(module, "pair_temperature"):
+        settings["temperature"] = module.pair_temperature
     # What is left out belongs to another form of the module, called with a queue.
     known = inspect.signature(function).parameters
     settings = {name: value for name, value in settings.items() if name in known and value is not None}
-    given = inputs(loss)
     assert torch.equal(module(*given), function(*given, **settings))
 
 

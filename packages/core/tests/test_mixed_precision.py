@@ -16,6 +16,8 @@ LOSSES = {
     "info_nce tiled": lambda z, other, held: F.info_nce_loss(z, other, held, impl="tiled"),
     "dcl": lambda z, other, held: F.dcl_loss(z, other, negatives=held),
     "dclw": lambda z, other, held: F.dclw_loss(z, other, negatives=held),
+    "amcl": lambda z, other, held: F.amcl_loss(z, other, held, heads=2, temperature=0.5),
+    "amcl lse": lambda z, other, held: F.amcl_loss(z, other, held, heads=2, temperature=0.5, pooling="lse"),
     "ressl": lambda z, other, held: F.ressl_loss(z, other, held),
     "sup_con": lambda z, _, held: F.sup_con_loss(z, LABELS, ref=held, ref_labels=HELD_LABELS),
     "sup_con in": lambda z, _, held: F.sup_con_loss(z, LABELS, form="in", ref=held, ref_labels=HELD_LABELS),

@@ -226,6 +226,38 @@ def test_softmax_mean():
     torch.testing.assert_close(result, ((x @ y.t()).softmax(1) @ y).detach())
 
 
+@pytest.mark.parametrize("tile", [TILE, (1, 1), None])
+@pytest.mark.parametrize("pairs", ["all", "pairs", "sevens", "keys"])
+def test_nearest(pairs, tile):
+    x = random_rows(ROWS, seed=0)
+    y, options = x, {"group_size": {"pairs": 2, "sevens": 7}.get(pairs, 1), "over": "different"}
+    row_keys = column_keys = INDEX // options["group_size"]
+    if pairs == "all":
+        y, options = random_rows(COLUMNS, seed=1), {"over": "all"}
+        row_keys, column_keys = torch.zeros(ROWS), torch.ones(COLUMNS)
+    elif pairs == "keys":
+        y, row_keys, column_keys = (
+            random_rows(COLUMNS, seed=1),
+            random_keys(ROWS, seed=2),
+            random_keys(COLUMNS, seed=3),
+        )
+        options |= {"row_keys": row_keys, "column_keys": column_keys}
+    products = (x @ y.t()).masked_fill(row_keys[:, None] == column_keys, -torch.inf)
+    found = similarity.nearest(x, y, tile=tile, **options)
+    assert torch.equal(found, products.argmax(1))
+
+
+def test_nearest_of_equal_columns_is_the_first_and_of_none_is_minus_one():
+    x = torch.ones(40, WIDTH)
+    for tile in (TILE, (7, 3)):
+        found = similarity.nearest(x, x, group_size=2, over="different", tile=tile)
+        assert found.tolist() == [2, 2] + [0] * 38
+        keys = torch.zeros(40, dtype=torch.int64)
+        found = similarity.nearest(x, x, row_keys=keys, column_keys=keys, over="different", tile=tile)
+        assert found.tolist() == [-1] * 40
+        assert similarity.nearest(x[:0], x, tile=tile).shape == (0,)
+
+
 @pytest.mark.parametrize("norm", [1e38, 1e20, 1.0, 1e-8, 1e-11])
 def test_scaled_rows_of_any_norm(norm):
     z = random_rows(9, seed=0, dtype=torch.float32).detach()
@@ -417,6 +449,8 @@ def test_float32_keeps_its_digits_at_a_tiny_temperature(impl):
             lambda z: similarity.cross_log_sum_exp(z, z, row_ids=INDEX, column_ids=INDEX, over="same"),
             "row_ids must",
         ),
+        (lambda z: similarity.nearest(z, z, over="same"), "over must be one of"),
+        (lambda z: similarity.nearest(z, z, row_keys=INDEX), "must be given together"),
         (lambda z: similarity.softplus_sum(z, z, z[:1, 0]), "offset must have shape"),
         (
             lambda z: similarity.cross_log_sum_exp(

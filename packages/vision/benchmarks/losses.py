@@ -3,10 +3,11 @@
     uv run --all-packages python packages/vision/benchmarks/losses.py [NAME ...] [--write]
 
 The published forms are written anew from the papers' formulas, with the operations that the published code is known to
-use (broadcast distances, masks rebuilt at every step, a loop over views). A step is forward and backward to the
-embeddings. Each repetition times ours and theirs one after the other, and a ratio is a median over repetitions. Values
-must agree before anything is timed. One thread; set OMP_NUM_THREADS for more. Peak memory is the high water of resident
-memory over a step, less what was resident before, in a process of its own. ``--write`` puts the table into RESULTS.md.
+use (broadcast distances, masks rebuilt at every step, a loop over views); where no code can be run, as the formula
+reads. A step is forward and backward to the embeddings. Each repetition times ours and theirs one after the other, and
+a ratio is a median over repetitions. Values must agree before anything is timed. One thread; set OMP_NUM_THREADS for
+more. Peak memory is the high water of resident memory over a step, less what was resident before, in a process of its
+own. ``--write`` puts the table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_core.functional import cacr_loss, gated_pair_loss
+from cl_core.functional import amcl_loss, cacr_loss, gated_pair_loss
+from cl_core.losses import PairTemperature
 
 RESULTS = Path(__file__).resolve().parents[1] / "RESULTS.md"
 BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
@@ -124,6 +126,38 @@ def simlap(rows: int, width: int, *, fits: bool = True) -> Case:
     )
 
 
+def plain_amcl(views: Tensor, network: PairTemperature, beta: float = 0.1) -> Tensor:
+    """Head by head: all similarities and the temperatures of all pairs, then the hardest. No code was published."""
+    width, total = network.dim, views.new_zeros(())
+    own = torch.arange(views.shape[1]).repeat(2)
+    partners = torch.arange(len(own)).roll(views.shape[1])[:, None]
+    parameters = [network.weight1, network.bias1.view(network.heads, -1), network.weight2, network.bias2]
+    for head, z in enumerate(views.flatten(0, 1).split(width, 1)):
+        weight1, bias1, weight2, bias2 = (p[head].to(z.dtype) for p in parameters)
+        u = F.normalize(z, dim=1)
+        similarity = u @ u.T
+        pairs = [u[:, None].expand(-1, len(u), -1), u[None].expand(len(u), -1, -1)]
+        hidden = F.relu(F.linear(torch.cat(pairs, 2), weight1, bias1))
+        logits = F.linear(hidden, weight2)[..., 0] + bias2
+        tau = network.minimum + (network.maximum - network.minimum) * logits.sigmoid()
+        values = similarity / tau - beta * (width / 2 * tau.log() + 1 / tau)
+        hardest = similarity.masked_fill(own[:, None] == own, -torch.inf).argmax(1, keepdim=True)
+        total = total + (values.gather(1, hardest) - values.gather(1, partners)).mean()
+    return total
+
+
+def amcl(rows: int, width: int, heads: int = 3, *, fits: bool = True) -> Case:
+    torch.manual_seed(0)
+    network = PairTemperature(width, heads=heads)
+    return Case(
+        "AMCL",
+        f"2 views of {rows} x {heads} heads of {width}",
+        unit_views(2, rows, heads * width),
+        lambda z: amcl_loss(z[0], z[1], heads=heads, temperature=network),
+        (lambda z: plain_amcl(z, network)) if fits else None,
+    )
+
+
 CASES = [
     cacr(2, 128, 128),
     cacr(5, 128, 128),
@@ -132,6 +166,9 @@ CASES = [
     simlap(128, 256),
     simlap(512, 256),
     simlap(2048, 256, fits=False),
+    amcl(64, 128),
+    amcl(256, 128),
+    amcl(4096, 128, fits=False),
 ]
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cl_core.losses import DCLLoss, TwoViewLoss
+from cl_core.losses import AMCLLoss, DCLLoss, TwoViewLoss
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods.simclr import SimCLR
@@ -81,6 +81,18 @@ def test_a_given_projector_is_used_and_built(two_view_loss):
     method = SimCLR(SmallConvNet(4, in_channels=1), two_view_loss, projector)
     assert method.projector is projector
     assert projector.in_dim == 32
+
+
+def test_a_loss_of_several_heads_takes_a_wide_projector_and_is_trained(batch):
+    torch.manual_seed(0)
+    loss = AMCLLoss(dim=8, heads=3, hidden_dim=8)
+    method = SimCLR(SmallConvNet(4, in_channels=1), loss, MLPProjector(out_dim=24))
+    test_two_steps_move_every_parameter(method, batch)
+    assert {id(p) for p in loss.parameters()} <= {
+        id(p) for g in method.parameter_groups(0.1) for p in g["params"]
+    }
+    with pytest.raises(ValueError, match=r"z1 must have heads \* dim = 3 \* 8 = 24 columns, got 128"):
+        SimCLR(SmallConvNet(4, in_channels=1), loss)(batch)
 
 
 def test_bad_parts_get_one_sentence(two_view_loss):

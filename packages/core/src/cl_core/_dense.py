@@ -119,14 +119,19 @@ def plain_log_sum_exp(rows: Tensor, columns: Tensor, pairing: Pairing, bias: Ten
 
 def logits_of(rows: Tensor, columns: Tensor) -> Tensor:
     """Rows @ columns.T in the precision of the rows, whatever autocast says, also in the backward."""
+    return product(rows, columns.t())
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """Matrix product of (..., N, D) and (..., D, M), which autocast leaves alone, in all derivatives too."""
     if torch.compiler.is_compiling():
-        with torch.autocast(rows.device.type, enabled=False):
-            return rows @ columns.t()
-    return _Product.apply(rows, columns.t())  # type: ignore[no-any-return]
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ y
+    return _Product.apply(x, y)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
-    """Matrix product that autocast leaves alone in all derivatives."""
+    """The product, and the same as its derivatives."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -135,9 +140,11 @@ class _Product(torch.autograd.Function):
             return x @ y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, y = ctx.saved_tensors
-        return _Product.apply(gradient, y.t()), _Product.apply(x.t(), gradient)
+        need_x, need_y = ctx.needs_input_grad
+        of_x = _Product.apply(gradient, y.mT) if need_x else None
+        return of_x, _Product.apply(x.mT, gradient) if need_y else None
 
 
 class KeptSelf(torch.autograd.Function):

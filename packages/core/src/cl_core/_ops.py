@@ -342,6 +342,28 @@ paired_log_sum_exp = TiledForm(
 softplus_sum = TiledForm(_softplus_sum, _softplus_sum_backward, differentiable=3, keys=4)
 
 
+def _nearest(
+    rows: Tensor,
+    columns: Tensor,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    group_size: int,
+    over: str,
+    tile: list[int],
+) -> Tensor:
+    pairing = cross_pairing(rows, columns, row_keys, column_keys, None, None, over, group_size, ordered=False)  # type: ignore[arg-type]
+    return _tiles.nearest(rows, columns, pairing, _pair(tile))
+
+
+_nearest_op = torch.library.custom_op("cl_core::nearest", _nearest, mutates_args=())
+_nearest_op.register_fake(lambda rows, *_: rows.new_empty(rows.shape[0], dtype=torch.int64))
+
+
+def nearest(*arguments: Any) -> Tensor:
+    """The body of :func:`cl_core.similarity.nearest`, as an op if the compiler is looking."""
+    return (_nearest_op if torch.compiler.is_compiling() else _nearest)(*arguments)
+
+
 def index_vectors(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(rows), device=rows.device), torch.arange(len(columns), device=columns.device)
 

@@ -8,6 +8,8 @@ Four kernels, each with its backward:
   rows: only the upper triangle is computed). Without any shift, so only for logits that cannot over- or underflow;
 * ``softplus_*``: a sum of softplus a row.
 
+and :func:`nearest`, which has none: the column of the largest logit of a row.
+
 All take logits ``x @ y.T`` and walk them in tiles that fit the cache. Exponentials are taken to base 2, with log2(e)
 folded into the product: on CPU that is several times cheaper than base e and no less exact.
 """
@@ -264,6 +266,20 @@ def rows_backward(
         if dx is not None:
             dx[r0:r1].mul_(gradient[r0:r1, None])
     return dx, dy
+
+
+def nearest(x: Tensor, y: Tensor, pairing: Pairing, tile: Tile) -> Tensor:
+    """Number of the counting column with the largest product for each row, the first of equal ones; -1 without any."""
+    walk = _Walk(x, y, pairing, tile, unit=1.0)
+    best = x.new_full((len(x),), -torch.inf)
+    index = torch.full_like(best, -1, dtype=torch.int64)
+    for r0, r1 in walk.rows():
+        for c0, c1 in walk.columns(r0, r1):
+            products = pairing.fill_(walk.logits(r0, r1, c0, c1), r0, r1, c0, c1, -torch.inf)
+            top, place = products.max(1)
+            index[r0:r1] = torch.where(top > best[r0:r1], place + c0, index[r0:r1])
+            torch.maximum(best[r0:r1], top, out=best[r0:r1])
+    return index
 
 
 def expected_forward(x: Tensor, y: Tensor, pairing: Pairing, tile: Tile) -> tuple[Tensor, Tensor]:

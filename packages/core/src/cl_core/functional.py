@@ -15,6 +15,7 @@ from cl_core.losses.margin import (
     multi_similarity_loss,
     triplet_margin_loss,
 )
+from cl_core.losses.multi_head import amcl_barlow_loss, amcl_loss, amcl_simsiam_loss
 from cl_core.losses.nt_xent import nt_xent_loss
 from cl_core.losses.predictive import byol_loss, negative_cosine_similarity
 from cl_core.losses.redundancy import barlow_twins_loss, vicreg_loss
@@ -23,6 +24,9 @@ from cl_core.losses.supervised import sup_con_loss
 
 __all__ = [
     "alignment_loss",
+    "amcl_barlow_loss",
+    "amcl_loss",
+    "amcl_simsiam_loss",
     "barlow_twins_loss",
     "byol_loss",
     "cacr_loss",

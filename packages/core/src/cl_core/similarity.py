@@ -274,6 +274,40 @@ def expected_logits(
     return _unsorted(found[0], order, rows.dtype), _unsorted(found[1], order, rows.dtype)
 
 
+def nearest(
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    row_keys: Tensor | None = None,
+    column_keys: Tensor | None = None,
+    group_size: int = 1,
+    over: Over = "all",
+    tile: tuple[int, int] | None = None,
+) -> Tensor:
+    r"""Which column is most similar to each row, without a gradient.
+
+        n_i = argmax_{j counts for i} rows_i . columns_j
+
+    Args:
+        rows: shape (N, D), float32 or float64.
+        columns: shape (M, D).
+        row_keys: integers of shape (N,); None gives row i the key ``i // group_size``.
+        column_keys: integers of shape (M,); None likewise.
+        group_size: rows (and columns) that share a key when there are no keys.
+        over: "all" pairs, or those of "different" key.
+        tile: rows and columns of a tile; None chooses.
+
+    Returns:
+        int64, shape (N,): the first of equally similar columns, -1 where none counts.
+
+    Cost: O(N M D) time, O(N) memory beside a tile.
+    """
+    _check_pairs(rows, columns, "tiled", tile, group_size, over, row_keys, column_keys, None, None)
+    _checks.choice("over", over, ("all", "different"))
+    tile = tile or _tiles.default_tile(rows.device)
+    return _ops.nearest(rows.detach(), columns.detach(), row_keys, column_keys, group_size, over, list(tile))
+
+
 def softmax_mean(rows: Tensor, columns: Tensor, *, tile: tuple[int, int] | None = None) -> Tensor:
     r"""Mean of the columns under the softmax of a row's similarities, without a gradient.
 

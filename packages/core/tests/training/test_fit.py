@@ -114,6 +114,9 @@ def test_what_a_loss_measures_is_reported(tiny):
         def measures(self, one, *, other):
             return {"gap": (one - other).detach().abs().mean()}
 
+        def advice(self, measures):
+            return "mind the gap." if measures["gap"] > 0 else None
+
     class Calling(tiny.TinyMethod):
         def loss(self, batch):
             return self.criterion(self.encoder(batch[0]), other=self.encoder(batch[1]))
@@ -121,7 +124,9 @@ def test_what_a_loss_measures_is_reported(tiny):
     for kind in (Watched, Calling):
         kind.__module__, kind.__qualname__ = "tiny", kind.__name__
         setattr(tiny, kind.__name__, kind)
-    result = run(tiny, method=Calling(tiny.TinyEncoder(), Watched()), epochs=2)
+    with pytest.warns(UserWarning, match="epoch 1: mind the gap") as said:
+        result = run(tiny, method=Calling(tiny.TinyEncoder(), Watched()), epochs=2)
+    assert sum("mind the gap" in str(warning.message) for warning in said) == 1
     assert all(row["train/gap"] > 0 for row in result.table)
     assert "train/uniformity" not in result.table[-1]
 

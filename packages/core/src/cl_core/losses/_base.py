@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -46,11 +46,17 @@ class ContrastiveLoss(nn.Module):
     def measures(self, *inputs: Any, **options: Any) -> dict[str, Tensor]:
         """What is worth watching of a batch beside its loss: names and scalars, without gradient.
 
+        Called as rarely as it is looked at, with the rows of this process alone, so that one rank may call it.
+
         Args:
             inputs: as :meth:`forward` takes them.
             options: likewise.
         """
         return {}
+
+    def advice(self, measures: Mapping[str, Tensor]) -> str | None:
+        """A sentence to warn with if :meth:`measures` tell of trouble, or None."""
+        return None
 
     def extra_repr(self) -> str:
         """Show the hyper-parameters."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -363,7 +362,7 @@ class SwAVLoss(ScoresLoss):
         queue: Sequence[Tensor] | None = None,
         predictions: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """How codes and predictions use the prototypes; warns where they have collapsed.
+        """How codes and predictions use the prototypes.
 
         ``code_entropy`` and ``prediction_entropy`` are means over samples, as shares of log K: 1 where all prototypes
         look alike, and then the loss stands still at log K. ``code_usage`` is the entropy of the mean code as a share
@@ -385,21 +384,23 @@ class SwAVLoss(ScoresLoss):
             "prediction_entropy": torch.special.entr(predicted).sum(1).mean() / log_k,
             "largest_prototype_share": best.max() / best.sum(),
         }
-        if found["code_entropy"] > _UNIFORM:
-            warnings.warn(
-                f"SwAV's codes are uniform ({found['code_entropy']:.1%} of the largest entropy), so the loss stays at "
-                f"log K = {log_k:.2f}: take a smaller epsilon (0.03), fewer prototypes, a longer freeze of the "
-                "prototypes, a lower rate or milder views.",
-                stacklevel=2,
-            )
-        elif found["largest_prototype_share"] > _ONE_FOR_ALL:
-            warnings.warn(
-                f"one prototype is the best of {found['largest_prototype_share']:.0%} of SwAV's samples, so embeddings "
-                "have collapsed or nearly: check that rows have unit length, use more iterations of Sinkhorn or a "
-                "lower rate.",
-                stacklevel=2,
-            )
         return found
+
+    def advice(self, measures: Mapping[str, Tensor]) -> str | None:
+        """What to do where codes have become uniform, or one prototype is the best of most samples."""
+        entropy, share = float(measures["code_entropy"]), float(measures["largest_prototype_share"])
+        if entropy > _UNIFORM:
+            return (
+                f"SwAV's codes are uniform ({entropy:.1%} of the largest entropy), so the loss stays at log K: take a "
+                "smaller epsilon (0.03), fewer prototypes, a longer freeze of the prototypes, a lower rate or milder "
+                "views."
+            )
+        if share > _ONE_FOR_ALL:
+            return (
+                f"one prototype is the best of {share:.0%} of SwAV's samples, so embeddings have collapsed or nearly: "
+                "check that rows have unit length, use more iterations of Sinkhorn or a lower rate."
+            )
+        return None
 
 
 class PrototypeNCELoss(PrototypeLoss):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_core import _checks
+from cl_core._dense import product
 from cl_core._types import Group
 from cl_core.distributed import Shard, shard
 from cl_core.losses._base import TwoViewLoss
@@ -45,17 +45,11 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, *, lambd: float = 0.005, group: Gr
     arXiv 2103.03230.
     """
     _checks.number("lambd", lambd, at_least=0)
-    split = _check_views(z1, z2, group, "barlow_twins_loss")
-    views = torch.stack([at_least_float32(z1), at_least_float32(z2)])
-    # The loss does not depend on the unit of a feature, beside eps. In units of about its largest value, no sum and no
-    # square overflows, nor does a power of the variance underflow in the backward; powers of 2 round nothing.
-    unit = _largest(views, split).clamp(1, torch.finfo(views.dtype).max / 2).log2().floor().exp2()[:, None]
-    views = _centred(views / unit, split)
-    variance = split.sum(views.square().sum(1)) / split.total
-    standard = views * (variance + _BATCH_NORM_EPS / unit[:, 0].square()).rsqrt()[:, None]
-    correlation = split.sum(_Product.apply(standard[0].t(), standard[1])) / split.total
+    split = check_views(z1, z2, group, "barlow_twins_loss")
+    standard = standardised(z1, z2, split, eps=_BATCH_NORM_EPS)
+    correlation = split.sum(product(standard[0].t(), standard[1])) / split.total
     invariance = (1 - correlation.diagonal()).square().sum()
-    return invariance + lambd * _off_diagonal(correlation).square().sum()
+    return invariance + lambd * off_diagonal(correlation).square().sum()
 
 
 def vicreg_loss(
@@ -100,16 +94,16 @@ def vicreg_loss(
     ICLR 2022, arXiv 2105.04906.
     """
     _check_vicreg(sim_weight, var_weight, cov_weight, eps)
-    split = _check_views(z1, z2, group, "vicreg_loss")
+    split = check_views(z1, z2, group, "vicreg_loss")
     views = _centred(torch.stack([at_least_float32(z1), at_least_float32(z2)]), split)
-    covariance = split.sum(_Product.apply(views.mT, views)) / (split.total - 1)
+    covariance = split.sum(product(views.mT, views)) / (split.total - 1)
     deviation = (covariance.diagonal(dim1=1, dim2=2) + eps).sqrt()
     distance = split.sum((at_least_float32(z1) - at_least_float32(z2)).square().sum())
     width = z1.shape[1]
     loss = (
         sim_weight * distance / (split.total * width)
         + var_weight * torch.relu(1 - deviation).mean()
-        + cov_weight * _off_diagonal(covariance).square().sum() / width
+        + cov_weight * off_diagonal(covariance).square().sum() / width
     )
     message = (
         f"z1 and z2 must be small enough for their squared covariances in {loss.dtype}, got larger values."
@@ -118,7 +112,7 @@ def vicreg_loss(
     return loss
 
 
-def _check_views(z1: Tensor, z2: Tensor, group: Group, name: str) -> Shard:
+def check_views(z1: Tensor, z2: Tensor, group: Group, name: str) -> Shard:
     """Refuse two views that cannot be compared over the batch; how the batch is spread."""
     check_rows(group, z1=z1, z2=z2)
     _checks.same_shape(z1=z1, z2=z2)
@@ -128,6 +122,20 @@ def _check_views(z1: Tensor, z2: Tensor, group: Group, name: str) -> Shard:
             f"{name} needs at least 2 rows (it compares features over the batch), got {split.total}."
         )
     return split
+
+
+def standardised(z1: Tensor, z2: Tensor, split: Shard, *, eps: float, correction: int = 0) -> Tensor:
+    """Both views, shape (2, N, D), each feature less its mean and divided by sqrt(variance + eps) over all ranks.
+
+    The variance is over the number of rows less ``correction``.
+    """
+    views = torch.stack([at_least_float32(z1), at_least_float32(z2)])
+    # The result does not depend on the unit of a feature, beside eps. In units of about its largest value, no sum and
+    # no square overflows, nor does a power of the variance underflow in the backward; powers of 2 round nothing.
+    unit = _largest(views, split).clamp(1, torch.finfo(views.dtype).max / 2).log2().floor().exp2()[:, None]
+    views = _centred(views / unit, split)
+    variance = split.sum(views.square().sum(1)) / (split.total - correction)
+    return views * (variance + eps / unit[:, 0].square()).rsqrt()[:, None]
 
 
 def _centred(views: Tensor, split: Shard) -> Tensor:
@@ -142,23 +150,7 @@ def _largest(views: Tensor, split: Shard) -> Tensor:
     return replace(split, counts=(1,) * split.world_size).gather(largest[None]).amax(0)
 
 
-class _Product(torch.autograd.Function):
-    """x y of matrices (..., N, M) and (..., M, D), which autocast leaves alone in the backward too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y)
-        with torch.autocast(x.device.type, enabled=False):
-            return x @ y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            return gradient @ y.mT, x.mT @ gradient
-
-
-def _off_diagonal(matrices: Tensor) -> Tensor:
+def off_diagonal(matrices: Tensor) -> Tensor:
     """A view of the entries off the diagonal of (..., D, D), shape (..., D - 1, D).
 
     Without the last entry, the matrix read in rows of D + 1 has its diagonal in the first column.

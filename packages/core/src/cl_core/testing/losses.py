@@ -6,7 +6,8 @@
 or, to see each check as a test of its own, parametrise over :func:`loss_checks`. They tell what every loss must be, not
 which loss it is: compare values with a formula or stored results as well. What a loss is called with follows
 from its base class (:class:`~cl_core.losses.TwoViewLoss`, ...); checks that need an option (``reduction``, ``impl``,
-``group``, ``temperature``, ``normalize``) apply to losses that have it.
+``group``, ``temperature``, ``normalize``) apply to losses that have it. A loss with ``dim`` is made for as many columns
+as it is fed, one with ``heads`` is fed that many times the columns, side by side.
 """
 
 from __future__ import annotations
@@ -75,10 +76,33 @@ def options(loss: LossClass) -> set[str]:
     return set(inspect.signature(loss).parameters)
 
 
+def heads(loss: LossClass) -> int:
+    """How many embeddings lie side by side in what a loss is called with."""
+    option = inspect.signature(loss).parameters.get("heads")
+    return 1 if option is None else option.default
+
+
+def made(loss: LossClass, given: Inputs, **hyperparameters: Any) -> ContrastiveLoss:
+    """A loss for these inputs, alike every time whatever it draws; None stands for an option's default."""
+    chosen = {name: value for name, value in hyperparameters.items() if value is not None}
+    if "dim" in options(loss):
+        chosen["dim"] = given[0].shape[1] // heads(loss)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return loss(**chosen)
+
+
 def inputs(
     loss: LossClass, rows: int = 12, width: int = 6, *, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> Inputs:
-    """Random inputs of the kind a loss is called with; embeddings require a gradient; with a queue the query alone."""
+    """Random inputs of the kind a loss is called with, of ``width`` columns a head.
+
+    Embeddings require a gradient; with a queue the query alone.
+    """
+    return _inputs(loss, rows, width * heads(loss), seed, dtype)
+
+
+def _inputs(loss: LossClass, rows: int, width: int, seed: int, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
 
     def embeddings(rows: int) -> Tensor:
@@ -159,7 +183,7 @@ def _with_embeddings(given: Inputs, change: Callable[[Tensor], Tensor]) -> Input
 @_check()
 def _gives_a_differentiable_scalar(loss: LossClass) -> None:
     given = inputs(loss, dtype=torch.float32)
-    value = loss()(*given)
+    value = made(loss, given)(*given)
     assert value.ndim == 0, f"shape {tuple(value.shape)}"
     assert value.dtype == torch.float32, f"{value.dtype}"
     value.backward()
@@ -174,7 +198,7 @@ def _gives_a_differentiable_scalar(loss: LossClass) -> None:
 def _leaves_its_inputs_alone_and_repeats_itself(loss: LossClass) -> None:
     given = inputs(loss)
     before = [t.detach().clone() for t in given]
-    first, second = _value_and_gradients(loss(), given), _value_and_gradients(loss(), given)
+    first, second = (_value_and_gradients(made(loss, given), given) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
@@ -183,8 +207,7 @@ def _leaves_its_inputs_alone_and_repeats_itself(loss: LossClass) -> None:
 @_check("reduction")
 def _reductions_agree(loss: LossClass) -> None:
     given = inputs(loss)
-    each, total = loss(reduction="none")(*given), loss(reduction="sum")(*given)
-    mean = loss()(*given)
+    each, total, mean = (made(loss, given, reduction=r)(*given) for r in ("none", "sum", "mean"))
     assert each.ndim == 1
     _assert_close(each.sum(), total, "none against sum")
     ratio = (total / mean).item()
@@ -197,42 +220,48 @@ def _permuting_the_batch_changes_nothing(loss: LossClass) -> None:
     given = inputs(loss)
     order = torch.randperm(len(given[0]), generator=torch.Generator().manual_seed(1))
     permuted = (t[order] if _has_rows_of_samples(loss, i) else t for i, t in enumerate(given))
-    _assert_close(loss()(*given), loss()(*permuted), "permuted batch")
+    module = made(loss, given)
+    _assert_close(module(*given), module(*permuted), "permuted batch")
 
 
 @_check()
 def _swapping_the_views_changes_nothing(loss: LossClass) -> None:
     if issubclass(loss, TwoViewLoss):
-        z1, z2 = inputs(loss)
-        module = loss(symmetric=True) if "symmetric" in options(loss) else loss()
+        z1, z2 = given = inputs(loss)
+        module = made(loss, given, symmetric=True if "symmetric" in options(loss) else None)
         _assert_close(module(z1, z2), module(z2, z1), "swapped views")
 
 
 @_check("normalize")
 def _length_of_rows_does_not_matter(loss: LossClass) -> None:
     given = inputs(loss)
-    reference = loss()(*given)
+    reference = made(loss, given)(*given)
     lengths = torch.linspace(0.1, 30, len(given[0]), dtype=torch.float64)[:, None]
-    _assert_close(loss()(*_with_embeddings(given, lambda z: z * lengths)), reference, "rescaled rows")
-    unit = _with_embeddings(given, lambda z: torch.nn.functional.normalize(z, dim=1))
-    _assert_close(loss(normalize=False)(*unit), reference, "normalize=False on unit rows")
+    rescaled = made(loss, given)(*_with_embeddings(given, lambda z: z * lengths))
+    _assert_close(rescaled, reference, "rescaled rows")
+    unit = _with_embeddings(given, lambda z: _unit_heads(z, heads(loss)))
+    _assert_close(made(loss, given, normalize=False)(*unit), reference, "normalize=False on unit rows")
+
+
+def _unit_heads(z: Tensor, count: int) -> Tensor:
+    return torch.nn.functional.normalize(z.unflatten(1, (count, -1)), dim=2).flatten(1)
 
 
 @_check()
 def _gradient_is_the_derivative(loss: LossClass) -> None:
     given = inputs(loss, rows=6, width=3)
     for options_ in [{"impl": "dense"}, {"impl": "tiled"}] if "impl" in options(loss) else [{}]:
-        _gradcheck(torch.autograd.gradcheck, loss(**options_), given)
+        _gradcheck(torch.autograd.gradcheck, made(loss, given, **options_), given)
 
 
 @_check("impl")
 def _dense_and_tiled_agree(loss: LossClass) -> None:
     for rows in (7, 300):  # within one tile and across several
         given = inputs(loss, rows=rows)
-        dense = _value_and_gradients(loss(impl="dense"), given)
-        _assert_close(_value_and_gradients(loss(impl="tiled"), given), dense, f"{rows} rows")
+        dense = _value_and_gradients(made(loss, given, impl="dense"), given)
+        _assert_close(_value_and_gradients(made(loss, given, impl="tiled"), given), dense, f"{rows} rows")
         half = _with_embeddings(given, lambda z: z.float())
-        tiled = _value_and_gradients(loss(impl="tiled"), half)
+        tiled = _value_and_gradients(made(loss, half, impl="tiled"), half)
         _assert_close(tiled[0].double(), dense[0], "float32", rtol=1e-5, atol=1e-5)
 
 
@@ -241,7 +270,7 @@ def _temperature_gets_its_gradient(loss: LossClass) -> None:
     given = _with_embeddings(inputs(loss, rows=6, width=3), lambda z: z)
 
     def of(temperature: Tensor, impl: str | None) -> Tensor:
-        module = loss() if impl is None else loss(impl=impl)
+        module = made(loss, given, impl=impl)
         module.temperature = temperature
         return module(*given)  # type: ignore[no-any-return]
 
@@ -253,9 +282,9 @@ def _temperature_gets_its_gradient(loss: LossClass) -> None:
 @_check("impl")
 def _second_derivative_is_right_or_refused(loss: LossClass) -> None:
     given = inputs(loss, rows=5, width=3)
-    _gradcheck(torch.autograd.gradgradcheck, loss(impl="dense"), given)
+    _gradcheck(torch.autograd.gradgradcheck, made(loss, given, impl="dense"), given)
     embeddings = [t for t in given if t.requires_grad]
-    gradients = torch.autograd.grad(loss(impl="tiled")(*given), embeddings, create_graph=True)
+    gradients = torch.autograd.grad(made(loss, given, impl="tiled")(*given), embeddings, create_graph=True)
     try:
         torch.autograd.grad(sum(g.square().sum() for g in gradients), embeddings)  # type: ignore[arg-type]
     except RuntimeError as error:
@@ -270,10 +299,10 @@ def _half_inputs_accumulate_in_float32(loss: LossClass) -> None:
         given = tuple(
             t.detach().to(dtype) if t.is_floating_point() else t for t in inputs(loss, dtype=torch.float32)
         )
-        wide = _value_and_gradients(loss(), _with_embeddings(given, lambda z: z.float()))
+        wide = _value_and_gradients(made(loss, given), _with_embeddings(given, lambda z: z.float()))
         for forms in [("dense", "tiled")] if "impl" in options(loss) else [(None,)]:
             for impl in forms:
-                module = loss() if impl is None else loss(impl=impl)
+                module = made(loss, given, impl=impl)
                 for enabled in (False, True):
                     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                         value, gradients = _value_and_gradients(module, given)
@@ -288,7 +317,7 @@ def _half_inputs_accumulate_in_float32(loss: LossClass) -> None:
 def _autocast_changes_nothing(loss: LossClass) -> None:
     given = inputs(loss, dtype=torch.float32)
     for impl in ("dense", "tiled") if "impl" in options(loss) else (None,):
-        module = loss() if impl is None else loss(impl=impl)
+        module = made(loss, given, impl=impl)
         plain = _value_and_gradients(module, given)
         with torch.autocast("cpu", torch.bfloat16):
             assert _equal(_value_and_gradients(module, given), plain), f"impl={impl}"
@@ -302,9 +331,9 @@ def _extremes(loss: LossClass) -> Iterator[tuple[str, Inputs]]:
     given = _with_embeddings(inputs(loss, rows=8, width=8, dtype=torch.float32), lambda z: z)
     yield "zero rows", _with_embeddings(given, lambda z: z * (torch.arange(8) > 1)[:, None])
     yield "all rows zero", _with_embeddings(given, torch.zeros_like)
-    yield "identical rows", _with_embeddings(given, lambda z: z[:1].expand(8, 8).contiguous())
+    yield "identical rows", _with_embeddings(given, lambda z: z[:1].expand_as(z).contiguous())
     yield "duplicate rows", _with_embeddings(given, lambda z: z[torch.arange(8) // 2])
-    yield "orthogonal rows", _with_embeddings(given, lambda z: torch.eye(8))
+    yield "orthogonal rows", _with_embeddings(given, lambda z: torch.eye(8).repeat(1, heads(loss)))
     if issubclass(loss, TwoViewLoss | PredictionLoss):
         yield "identical views", (given[0], given[0].clone())
         yield "antipodal views", (given[0], -given[0])
@@ -338,7 +367,7 @@ def _extreme_inputs_stay_finite(loss: LossClass) -> None:
             dtypes = dtypes[:1]
         for dtype, setting in itertools.product(dtypes, settings):
             of_dtype = _with_embeddings(given, lambda z, dtype=dtype: z.to(dtype))  # type: ignore[misc]
-            value, gradients = _value_and_gradients(loss(**setting), of_dtype)
+            value, gradients = _value_and_gradients(made(loss, given, **setting), of_dtype)
             what = f"{name}, {dtype}, {setting}"
             assert value.isfinite(), f"{what}: loss {value}"
             assert all(g.isfinite().all() for g in gradients), f"{what}: gradient not finite"
@@ -349,7 +378,8 @@ def _batch_of_one_is_zero_or_refused(loss: LossClass) -> None:
     given = inputs(loss, rows=1)
     for impl in ("dense", "tiled") if "impl" in options(loss) else (None,):
         try:
-            value, gradients = _value_and_gradients(loss() if impl is None else loss(impl=impl), given)
+            module = made(loss, given, impl=impl)
+            value, gradients = _value_and_gradients(module, given)
         except ValueError as error:
             assert _is_one_sentence(error)
             continue
@@ -361,7 +391,7 @@ def _batch_of_one_is_zero_or_refused(loss: LossClass) -> None:
 def _compiles_to_one_graph(loss: LossClass) -> None:
     """With numbers of rows, and the module's own numbers, as symbols; traced ahead of time too where there is an op."""
     for impl in ("dense", "tiled") if "impl" in options(loss) else (None,):
-        module = loss() if impl is None else loss(impl=impl)
+        module = made(loss, inputs(loss), impl=impl)
         torch.compiler.reset()
         backend = "eager" if impl == "dense" else "aot_eager"
         compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=True)
@@ -373,7 +403,8 @@ def _compiles_to_one_graph(loss: LossClass) -> None:
 
 @_check()
 def _copies_pickles_and_shows_itself(loss: LossClass) -> None:
-    module, given = loss(), inputs(loss)
+    given = inputs(loss)
+    module = made(loss, given)
     reference = module(*given)
     assert torch.equal(copy.deepcopy(module)(*given), reference)
     assert pickle.dumps(module)
@@ -393,7 +424,7 @@ def _bad_inputs_get_one_sentence(loss: LossClass) -> None:
 
     def refused(why: str, *given: Any, **hyperparameters: Any) -> None:
         try:
-            loss(**hyperparameters)(*given)
+            made(loss, good, **hyperparameters)(*given)
         except (ValueError, TypeError) as error:
             assert _is_one_sentence(error), f"{why}: {error}"
         else:
@@ -446,7 +477,7 @@ def check_group(
         memory: further arguments of a call, the same on all ranks, embeddings with 5 columns.
         hyperparameters: of the constructor.
     """
-    given = tuple(t.detach() for t in inputs(loss, rows=sum(_SPLITS[world_size]), width=5))
+    given = tuple(t.detach() for t in _inputs(loss, sum(_SPLITS[world_size]), 5, 0, torch.float64))
     samples = [_has_rows_of_samples(loss, i) for i in range(len(given))] + [False] * len(memory)
     given = (*given, *memory)
     single_loss, single_gradients = encoded_loss(None, loss, given, hyperparameters)
@@ -466,18 +497,19 @@ def check_group(
 def encoded_loss(
     group: Any, loss: LossClass, given: Inputs, hyperparameters: dict[str, Any]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Loss behind a fixed linear encoder, and the gradients of encoder and temperature."""
-    width = given[0].shape[1]
-    weight = torch.linspace(-1, 1, width * 4, dtype=torch.float64).sin().view(width, 4).requires_grad_()
-    arguments = dict(hyperparameters)
-    module = loss(group=group, **arguments)
+    """Loss behind a fixed linear encoder, and the gradients of encoder, parameters and temperature."""
+    shape = given[0].shape[1], 4 * heads(loss)
+    weight = (
+        torch.linspace(-1, 1, shape[0] * shape[1], dtype=torch.float64).sin().view(shape).requires_grad_()
+    )
+    encoded = [t @ weight if t.is_floating_point() else t for t in given]
+    if issubclass(loss, ClassPairLoss):
+        encoded[4] = encoded[4].sigmoid()
+    module = made(loss, tuple(encoded), group=group, **hyperparameters)
     parameters = [weight, *module.double().parameters()]
     if "temperature" in options(loss):
         module.temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
         parameters.append(module.temperature)
-    encoded = [t @ weight if t.is_floating_point() else t for t in given]
-    if issubclass(loss, ClassPairLoss):
-        encoded[4] = encoded[4].sigmoid()
     value = module(*encoded)
     gradients = torch.autograd.grad(value, parameters, allow_unused=True)
     filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))

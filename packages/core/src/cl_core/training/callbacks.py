@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ class Diagnostics(pl.Callback):
         self._seen: tuple[Tensor, ...] | None = None
         self._factor: Tensor | None = None
         self._measures: dict[str, Tensor] = {}
+        self._advice: str | None = None
+        self._advised = False
         self._handle: Any = None
         self._stored: dict[str, Tensor] = {}
 
@@ -111,6 +114,9 @@ class Diagnostics(pl.Callback):
         for name, value in self._measures.items():
             pl_module.report(f"train/{name}", float(value))
         self._measures = {}
+        if self._advice is not None and not self._advised:  # once a run is enough
+            self._advised = True
+            warnings.warn(f"epoch {trainer.current_epoch + 1}: {self._advice}", stacklevel=2)
         if self._seen is None:
             return
         first, second = self._seen
@@ -133,6 +139,7 @@ class Diagnostics(pl.Callback):
     def _listen(self, module: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         # Now, as a queue has taken in these keys when the epoch ends.
         self._measures = module.measures(*inputs, **options)  # type: ignore[operator]
+        self._advice = module.advice(self._measures) if self._measures else None  # type: ignore[operator]
         pair = _first_pair(inputs) if isinstance(module, TwoViewLoss | LabelledLoss) else None
         if pair is None:
             return

@@ -1,0 +1,858 @@
+r"""AMCL: several projection heads, a temperature for every pair in every head, the hardest negative in place of a sum.
+
+The heads lie side by side: an embedding of C heads is one row of C d columns. Any host of two views, or of queries,
+keys and a queue, thus takes these losses with a projector of C d columns. A pair of similarity s and temperature tau
+counts as
+
+    s / tau - beta Om(tau),    Om(tau) = d/2 log tau + 1 / tau
+
+which for beta = 1 is, up to a constant, the log-density of unit rows under a Gaussian of variance tau. For no beta is
+it bounded as tau goes to 0, neither for positives (s > beta) nor, with the other sign, for negatives (s < beta): what
+bounds the loss is the least temperature. :meth:`AMCLLoss.measures` tells how many temperatures sit there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cl_core import _checks, _rows, similarity
+from cl_core._dense import product
+from cl_core._types import Group, Reduction
+from cl_core.distributed import Shard, shard
+from cl_core.losses._base import ContrastiveLoss, PredictionLoss, QueryKeyLoss, TwoViewLoss
+from cl_core.losses._common import check_rows, reduce, reduce_pairs
+from cl_core.losses.redundancy import check_views, off_diagonal, standardised
+
+Temperature: TypeAlias = float | Tensor | Callable[[Tensor, Tensor], Tensor]
+"""One T > 0 for all pairs, or a function of anchors and others, stacks (C, N, d) both, giving (C, N)."""
+
+Pooling: TypeAlias = Literal["max", "lse"]
+"""What stands for the negatives of an anchor: the most similar one, or the log-sum-exp over all."""
+
+_LARGEST_LOGIT = 10.0  # of a temperature; beyond, the sigmoid is within 5e-5 of its ends
+_FLOOR = 0.01  # share of the range of temperatures, from the least one on, that counts as sitting there
+_GRID_ENTRIES = 1 << 23  # kept of the pairs of some anchors with all their negatives
+
+
+class PairTemperature(nn.Module):
+    r"""A temperature in (minimum, maximum) for every pair of rows: a two-layer perceptron on both, one a head.
+
+        tau(u, v) = minimum + (maximum - minimum) sigmoid(w2 relu(W1 [u; v] + b1) + b2)
+
+    where the logit is clamped to +-10. Not symmetric: the anchor comes first. All heads are computed at once.
+
+    Args:
+        dim: d, columns of a head.
+        heads: C.
+        hidden_dim: width of the hidden layer.
+        shared: one perceptron for all heads, as the paper's figure draws it; the authors' code has one a head.
+        minimum: least temperature > 0.
+        maximum: largest temperature > minimum.
+        detach_input: give the rows no gradient through the temperature, so that the encoder cannot make them similar
+            or not for its sake.
+
+    The parameters ``weight1`` (C, hidden_dim, 2 d) and ``weight2`` (C, 1, hidden_dim) start as those of
+    ``torch.nn.Linear``; biases are vectors, so that what exempts vectors from weight decay exempts them.
+    """
+
+    def __init__(
+        self,
+        dim: int = 128,
+        *,
+        heads: int = 3,
+        hidden_dim: int = 128,
+        shared: bool = False,
+        minimum: float = 0.05,
+        maximum: float = 2.0,
+        detach_input: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_options(dim=dim, heads=heads, hidden_dim=hidden_dim, shared=shared, detach_input=detach_input)
+        _check_range(minimum, maximum, "minimum", "maximum")
+        if minimum == maximum:
+            raise ValueError(f"maximum must exceed minimum, got {maximum} for both.")
+        self.dim, self.heads, self.hidden_dim, self.shared = dim, heads, hidden_dim, shared
+        self.minimum, self.maximum, self.detach_input = minimum, maximum, detach_input
+        networks = 1 if shared else heads
+        self.weight1 = nn.Parameter(torch.empty(networks, hidden_dim, 2 * dim))
+        self.bias1 = nn.Parameter(torch.empty(networks * hidden_dim))
+        self.weight2 = nn.Parameter(torch.empty(networks, 1, hidden_dim))
+        self.bias2 = nn.Parameter(torch.empty(networks))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        for weight, bias in ((self.weight1, self.bias1), (self.weight2, self.bias2)):
+            bound = weight.shape[2] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        """Temperatures of anchors u with others v, stacks (C, N, d) both; shape (C, N), in the dtype of u."""
+        for name, stack in (("u", u), ("v", v)):
+            if stack.ndim != 3 or stack.shape[::2] != (self.heads, self.dim):
+                wanted = f"({self.heads}, N, {self.dim})"
+                raise ValueError(f"{name} must have shape {wanted}, got {tuple(stack.shape)}.")
+        _checks.same_shape(u=u, v=v)
+        return self.between(self.of_anchors(u), self.of_others(v))
+
+    # The first layer is linear in both rows, so its part of each is computed once, whatever it is paired with.
+
+    def of_anchors(self, u: Tensor) -> Tensor:
+        """The anchors' part of the hidden layer, shape (C, N, hidden_dim)."""
+        bias = self.bias1.view(-1, 1, self.hidden_dim)
+        return self._product(u, self.weight1[..., : self.dim]) + bias.to(u.dtype)
+
+    def of_others(self, v: Tensor) -> Tensor:
+        """The others' part of the hidden layer, shape (C, N, hidden_dim)."""
+        return self._product(v, self.weight1[..., self.dim :])
+
+    def between(self, anchors: Tensor, others: Tensor) -> Tensor:
+        """Temperatures from the parts of both, whose middle dimensions are broadcast, in which shape they return."""
+        hidden = (anchors + others).relu_()
+        logits = product(hidden.flatten(1, -2), self._of_heads(self.weight2, hidden).mT)
+        logits = logits.view(hidden.shape[:-1])
+        bias = self.bias2.to(hidden.dtype).view(-1, *[1] * (hidden.ndim - 2))
+        return _scaled_sigmoid(logits + bias, self.minimum, self.maximum)
+
+    def _product(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return product(rows.detach() if self.detach_input else rows, self._of_heads(weight, rows).mT)
+
+    def _of_heads(self, weight: Tensor, like: Tensor) -> Tensor:
+        return weight.to(like.dtype).expand(self.heads, -1, -1)
+
+    def extra_repr(self) -> str:
+        """Show the constructor's arguments."""
+        names = ("dim", "heads", "hidden_dim", "shared", "minimum", "maximum", "detach_input")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def amcl_loss(
+    z1: Tensor,
+    z2: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    heads: int,
+    temperature: Temperature,
+    beta: float = 0.1,
+    pooling: Pooling = "max",
+    include_positive: bool = False,
+    normalize: bool = True,
+    raw_input: bool = False,
+    reduction: Reduction = "mean",
+    group: Group = None,
+) -> Tensor:
+    r"""Adaptive multi-head contrastive loss of two views, or of queries, keys and a queue.
+
+    With u_i the unit row of anchor i in a head, p its other view, n* the most similar of its negatives N(i) and the
+    temperatures tau of the two pairs,
+
+        P_i = u_i . u_p  / tau_ip  - beta Om(tau_ip),    Om(tau) = d/2 log tau + 1 / tau
+        Q_i = u_i . u_n* / tau_in* - beta Om(tau_in*)
+        l_i = sum over heads of Q_i - P_i
+
+    n* is the one of the raw similarities, and the choice carries no gradient. ``pooling="lse"`` takes all negatives,
+    Q_i = log sum_{n in N(i)} exp(u_i . u_n / tau_in - beta Om(tau_in)), which is never less. With ``include_positive``
+    the positive is among the candidates: l_i sums Q_i - P_i where some negative is more similar than the positive and
+    0 elsewhere, or with "lse" log(1 + exp(Q_i - P_i)). Constant temperatures and beta = 0 make "lse" the loss
+    :func:`dcl_loss` of every head, with ``include_positive`` :func:`nt_xent_loss` (with a queue :func:`info_nce_loss`).
+
+    Values may be negative, and fall as temperatures approach their least value: choose a training's best epoch by
+    another measure.
+
+    Args:
+        z1: embeddings of view 1, shape (N, C d), head by head; N >= 2 over all ranks unless there is a queue.
+        z2: embeddings of view 2, shape (N, C d); row i is the same sample as row i of z1.
+        negatives: a queue of shape (K, C d), the same on all ranks. Then the rows of z1 alone are anchors, and the
+            batch holds no negatives.
+        heads: C, which divides the number of columns.
+        temperature: a function of anchors and others, such as :class:`PairTemperature`, or one T > 0 for all pairs.
+        beta: weight >= 0 of the regulariser of temperatures.
+        pooling: "max" for the most similar negative, "lse" for the log-sum-exp over all of them.
+        include_positive: count the positive among the candidates (hosts with InfoNCE), rather than the negatives alone.
+        normalize: scale each head's rows to unit length first. False takes the rows as they are.
+        raw_input: show the temperature the rows as they came, as the authors' module does, rather than of unit length.
+        reduction: "mean" over the 2N anchors (N with a queue), "sum", or "none" for one value an anchor, view 1 first.
+        group: process group whose other rows serve as negatives; None keeps the loss local.
+            Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
+
+    Returns:
+        Scalar, or shape (2N,) (with a queue (N,)) for reduction="none". float32 for half inputs.
+
+    Raises:
+        ValueError: if there are no negatives (one row and no queue), shapes differ, C does not divide the columns, or a
+            number is out of range.
+
+    Cost: O(C N^2 d) time (with a queue O(C N K d)), forward only, and O(C (N + K) d) memory, with a group of all ranks'
+    rows. The hardest are found tile by tile, and 2 C temperatures computed an anchor. "lse" takes one for every pair:
+    O(C N^2 h) time for a hidden layer of width h, in both directions, some anchors at a time; it is eager only.
+    Reference: Wang et al., "Adaptive Multi-head Contrastive Learning", ECCV 2024, arXiv 2310.05615: the equation for
+    SimCLR and MoCo, with ``include_positive`` that for LGP and CAN. The released code has another loss and cannot run.
+    """
+    _checks.reduction(reduction)
+    _check_options(beta=beta, pooling=pooling, include_positive=include_positive)
+    options = {"heads": heads, "temperature": temperature, "normalize": normalize, "raw_input": raw_input}
+    compared = _compared(z1, z2, negatives, group=group, **options)
+    positive = compared.positive()
+    of_positive = positive.value(beta)
+    if pooling == "lse":
+        difference = compared.log_sum_exp(beta) - of_positive
+        values = F.softplus(difference, threshold=60) if include_positive else difference
+    else:
+        hardest = compared.hardest()
+        values = hardest.value(beta) - of_positive
+        if include_positive:  # where the positive is its own hardest candidate, both terms are one
+            values = torch.where(hardest.similarity > positive.similarity, values, 0)
+    return reduce_pairs(values.sum(0).view(-1, compared.sides), reduction, compared.split)
+
+
+def amcl_simsiam_loss(
+    p: Tensor,
+    z: Tensor,
+    *,
+    heads: int,
+    temperature: Temperature,
+    beta: float = 0.1,
+    normalize: bool = True,
+    raw_input: bool = False,
+    reduction: Reduction = "mean",
+    group: Group = None,
+) -> Tensor:
+    r"""Adaptive multi-head form of the loss of SimSiam: no negatives, targets are constants.
+
+    With the cosine s_i of prediction and target in a head and the temperature tau_i of that pair,
+
+        l_i = sum over heads of -s_i / tau_i + 2 beta Om(tau_i),    Om(tau) = d/2 log tau + 1 / tau
+
+    The loss of two views is the mean of (p1, z2) and (p2, z1), in which Om has the weight beta of either.
+
+    Args:
+        p: predictions, shape (N, C d), head by head.
+        z: targets, shape (N, C d), which receive no gradient; row i is another view of the sample of p's row i.
+        heads: as in :func:`amcl_loss`.
+        temperature: as in :func:`amcl_loss`, of a prediction and its target.
+        beta: as in :func:`amcl_loss`.
+        normalize: as in :func:`amcl_loss`.
+        raw_input: as in :func:`amcl_loss`.
+        reduction: "mean" over the N rows, "sum", or "none" for shape (N,).
+        group: process group over which the batch is spread.
+
+    Returns:
+        Scalar, or shape (N,) for reduction="none". float32 for half inputs.
+
+    Raises:
+        ValueError: if shapes differ, an input is empty or not finite, or a number is out of range.
+
+    Cost: O(C N d h) for a hidden layer of width h.
+    Reference: Wang et al., "Adaptive Multi-head Contrastive Learning", ECCV 2024, arXiv 2310.05615. There the targets
+    have no head index; here they are of the same head.
+    """
+    _checks.reduction(reduction)
+    _check_options(beta=beta)
+    options = {"heads": heads, "temperature": temperature, "normalize": normalize, "raw_input": raw_input}
+    predicted, split = _predicted(p, z, group=group, **options)
+    return reduce(-predicted.value(2 * beta).sum(0), reduction, split=split)
+
+
+def amcl_barlow_loss(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    heads: int,
+    temperature: float | Tensor,
+    lambd: float = 0.005,
+    beta: float = 0.1,
+    eps: float = 1e-5,
+    group: Group = None,
+) -> Tensor:
+    r"""Adaptive multi-head form of Barlow Twins: a temperature for every pair of dimensions.
+
+    With the correlation K_kl of dimension k of view 1 and l of view 2 in a head, over the batch,
+
+        L = sum over heads of  sum_k (1 - K_kk / tau_kk)^2 + lambd sum_{k != l} K_kl^2 / tau_kl
+                             + beta (sum_k Om(tau_kk) - sum_{k != l} Om(tau_kl)),   Om(tau) = d/2 log tau + 1 / tau
+
+    Dimensions are divided by the root of their unbiased variance plus eps, their products by N.
+
+    Args:
+        z1: embeddings of view 1, shape (N, C d), head by head, N >= 2 over all ranks.
+        z2: embeddings of view 2, shape (N, C d); row i is the same sample as row i of z1.
+        heads: C, which divides the number of columns.
+        temperature: shape (C, d, d), entries > 0; or one T > 0 for all pairs.
+        lambd: weight >= 0 of the redundancy between dimensions.
+        beta: weight >= 0 of the regulariser of temperatures.
+        eps: added to variances, > 0.
+        group: process group over which the batch is spread: statistics are those of all its rows.
+
+    Returns:
+        Scalar. float32 for half inputs.
+
+    Raises:
+        ValueError: if there are fewer than 2 rows, shapes differ, C does not divide the columns, a value is not finite,
+            or a number is out of range.
+
+    Cost: O(C N d^2) time, O(C d^2 + C N d) memory.
+    Reference: Wang et al., "Adaptive Multi-head Contrastive Learning", ECCV 2024, arXiv 2310.05615. How the
+    temperatures are made is not said there; :class:`AMCLBarlowLoss` learns them.
+    """
+    _check_options(lambd=lambd, beta=beta, eps=eps)
+    split = check_views(z1, z2, group, "amcl_barlow_loss")
+    width = _width_of_heads(heads, z1=z1)
+    standard = standardised(z1, z2, split, eps=eps, correction=1).unflatten(2, (heads, width)).transpose(1, 2)
+    correlation = split.sum(product(standard[0].mT, standard[1])) / split.total
+    tau = _of_dimensions(temperature, correlation)
+    same, of_same = (matrix.diagonal(dim1=1, dim2=2) for matrix in (correlation, tau))
+    others, of_others = off_diagonal(correlation), off_diagonal(tau)
+    regulariser = _omega(of_same, width).sum() - _omega(of_others, width).sum()
+    redundancy = (others.square() / of_others).sum()
+    return (1 - same / of_same).square().sum() + lambd * redundancy + beta * regulariser
+
+
+class _Rows(NamedTuple):
+    """Rows of C heads, two stacks (C, N, d): what is compared, and what the temperature sees of it."""
+
+    unit: Tensor
+    seen: Tensor
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> _Rows:
+        """The same of both stacks, once if they are one."""
+        unit = function(self.unit)
+        return _Rows(unit, unit if self.seen is self.unit else function(self.seen))
+
+    def part(self, start: int, count: int) -> _Rows:
+        return self.each(lambda stack: stack[:, start : start + count])
+
+    def others_of_pairs(self) -> _Rows:
+        """For rows that lie side by side in twos, each one's neighbour."""
+        return self.each(lambda stack: stack.unflatten(1, (-1, 2)).flip(2).flatten(1, 2))
+
+    def chosen(self, index: Tensor) -> _Rows:
+        """In each head the rows of the numbers (C, A)."""
+        heads, count, width = self.unit.shape
+        place = (index + count * torch.arange(heads, device=index.device)[:, None]).flatten()
+        return self.each(lambda stack: stack.reshape(-1, width).index_select(0, place).view(heads, -1, width))
+
+
+class _Pairs(NamedTuple):
+    """Similarities and temperatures of one pair an anchor and head, shape (C, A), and d."""
+
+    similarity: Tensor
+    temperature: Tensor
+    width: int
+
+    def value(self, beta: float) -> Tensor:
+        return self.similarity / self.temperature - beta * _omega(self.temperature, self.width)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Anchors, their positives, and the rows their negatives are among.
+
+    Attributes:
+        anchors: A rows.
+        positives: A rows.
+        candidates: M rows.
+        start: where the anchors lie among the candidates, of which those of the anchor's own sample do not count, two
+            side by side; None if all candidates count.
+        sides: anchors of a sample, side by side.
+        temperature: of pairs.
+        split: how the samples are spread over ranks.
+    """
+
+    anchors: _Rows
+    positives: _Rows
+    candidates: _Rows
+    start: int | None
+    sides: int
+    temperature: Temperature
+    split: Shard
+
+    def positive(self) -> _Pairs:
+        return _pairs(self.anchors, self.positives, self.temperature)
+
+    def hardest(self) -> _Pairs:
+        rows, columns = self.anchors.unit, self.candidates.unit
+        found = [similarity.nearest(x, y, **self._negatives()) for x, y in zip(rows, columns, strict=True)]
+        return _pairs(self.anchors, self.candidates.chosen(torch.stack(found)), self.temperature)
+
+    def _negatives(self) -> dict[str, Any]:
+        """Which candidates count, for :func:`cl_core.similarity.nearest`."""
+        if self.start is None:
+            return {"over": "all"}
+        if self.split.group is None:  # decided by places, without a mask
+            return {"over": "different", "group_size": 2}
+        row_keys, column_keys = self._samples()
+        return {"over": "different", "row_keys": row_keys, "column_keys": column_keys}
+
+    def _samples(self) -> tuple[Tensor, Tensor]:
+        """Which sample each anchor and each candidate is of."""
+        assert self.start is not None
+        columns = torch.arange(self.candidates.unit.shape[1], device=self.candidates.unit.device)
+        columns = columns.div(2, rounding_mode="floor")
+        return columns[self.start : self.start + self.anchors.unit.shape[1]], columns
+
+    def log_sum_exp(self, beta: float) -> Tensor:
+        """Log-sum-exp of the values of all negatives, shape (C, A), some anchors at a time."""
+        (heads, count, width), columns = self.anchors.unit.shape, self.candidates.unit
+        temperatures, entries = _grid(self.temperature, self.anchors.seen, self.candidates.seen)
+        samples = None if self.start is None else self._samples()
+
+        def on_part(part: slice) -> Tensor:
+            products = product(self.anchors.unit[:, part], columns.mT)
+            values = _Pairs(products, temperatures(part), width).value(beta)
+            if samples is not None:
+                values = values.masked_fill(samples[0][part, None] == samples[1], -torch.inf)
+            return values.logsumexp(2)
+
+        size = max(1, _GRID_ENTRIES // (heads * columns.shape[1] * entries))
+        if count <= size:
+            return on_part(slice(count))
+        # Nothing of a part is kept: the backward computes it again.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(on_part, part, **options) for part in _rows.tiles(count, size)], 1)
+
+
+def _compared(
+    z1: Tensor,
+    z2: Tensor,
+    negatives: Tensor | None,
+    *,
+    group: Group,
+    temperature: Temperature,
+    **options: Any,
+) -> _Compared:
+    """Check two views, or queries, keys and a queue, and lay them out as stacks."""
+    check_rows(group, z1=z1, z2=z2)
+    _checks.same_shape(z1=z1, z2=z2)
+    if negatives is not None:
+        _checks.embeddings("negatives", negatives)
+        _checks.alongside(z1=z1, negatives=negatives)
+    _check_temperature(temperature, options["heads"], z1)
+    split, source = shard(z1, group), z1.dtype
+    first, second = similarity.at_least_float32(z1), similarity.at_least_float32(z2)
+    if negatives is not None:
+        anchors, positives = (_stacks(view, source=source, **options) for view in (first, second))
+        queue = _stacks(negatives.to(first.dtype), source=negatives.dtype, **options)
+        return _Compared(anchors, positives, queue, None, 1, temperature, split)
+    if split.total < 2:
+        raise ValueError(
+            f"amcl_loss needs at least 2 rows (the other rows are the negatives), got {split.total}; pass a group, or "
+            "a queue as negatives."
+        )
+    everyone = split.gather(torch.stack([first, second], 1).flatten(0, 1), each=2)
+    candidates, start = _stacks(everyone, source=source, **options), 2 * split.offset
+    anchors = candidates.part(start, 2 * len(z1)) if split.group is not None else candidates
+    return _Compared(anchors, anchors.others_of_pairs(), candidates, start, 2, temperature, split)
+
+
+def _predicted(
+    p: Tensor, z: Tensor, *, group: Group, temperature: Temperature, **options: Any
+) -> tuple[_Pairs, Shard]:
+    """Check predictions and targets; their pairs, and how they are spread."""
+    check_rows(group, p=p, z=z)
+    _checks.same_shape(p=p, z=z)
+    _check_temperature(temperature, options["heads"], p, "p")
+    rows, targets = (
+        _stacks(similarity.at_least_float32(view), source=p.dtype, **options) for view in (p, z.detach())
+    )
+    return _pairs(rows, targets, temperature), shard(p, group)
+
+
+def _stacks(z: Tensor, *, heads: int, normalize: bool, raw_input: bool, source: torch.dtype) -> _Rows:
+    """Rows (N, C d) as stacks of heads."""
+    _check_options(raw_input=raw_input)
+    raw = z.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()
+    unit = similarity.scaled_rows(raw.flatten(0, 1), normalize=normalize, source=source).view_as(raw)
+    return _Rows(unit, raw if raw_input else unit)
+
+
+def _pairs(anchors: _Rows, others: _Rows, temperature: Temperature) -> _Pairs:
+    """Each anchor with the other of its place."""
+    products = (anchors.unit * others.unit).sum(2)
+    return _Pairs(products, _temperatures(temperature, anchors.seen, others.seen), anchors.unit.shape[2])
+
+
+def _temperatures(temperature: Temperature, u: Tensor, v: Tensor) -> Tensor:
+    """Temperatures of the pairs of two stacks (C, N, d), shape (C, N)."""
+    if isinstance(temperature, Tensor):
+        return temperature.to(u.dtype).expand(u.shape[:2])
+    if not callable(temperature):
+        return u.new_full((), temperature).expand(u.shape[:2])
+    tau = temperature(u, v)
+    if not isinstance(tau, Tensor) or tau.shape != u.shape[:2]:
+        came = tuple(tau.shape) if isinstance(tau, Tensor) else type(tau).__name__
+        raise ValueError(
+            f"temperature must give shape {tuple(u.shape[:2])}, one an anchor and head, got {came}."
+        )
+    if not isinstance(temperature, PairTemperature):
+        _checks.require((tau.detach() > 0).all(), "temperature must give values > 0, got others.")
+    return tau
+
+
+def _grid(temperature: Temperature, u: Tensor, v: Tensor) -> tuple[Callable[[slice], Tensor], int]:
+    """Temperatures (C, R, M) of some anchors with all of M others, and how many numbers are computed a pair."""
+    (heads, columns, width) = v.shape
+    if isinstance(temperature, PairTemperature):
+        network, anchors, others = (
+            temperature,
+            temperature.of_anchors(u)[:, :, None],
+            temperature.of_others(v),
+        )
+        return lambda part: network.between(anchors[:, part], others[:, None]), network.hidden_dim
+
+    def evaluate(part: slice) -> Tensor:
+        some = u[:, part]
+        shape = (heads, some.shape[1], columns, width)
+        pair = (some[:, :, None].expand(shape).flatten(1, 2), v[:, None].expand(shape).flatten(1, 2))
+        return _temperatures(temperature, *pair).view(shape[:3])
+
+    if callable(temperature):
+        return evaluate, 2 * width
+    return lambda part: _temperatures(temperature, u[:, part], v)[:, :1, None], 1
+
+
+def _scaled_sigmoid(logits: Tensor, minimum: float, maximum: float) -> Tensor:
+    return minimum + (maximum - minimum) * logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).sigmoid()
+
+
+def _omega(tau: Tensor, width: int) -> Tensor:
+    """The regulariser: least at 2 / d, convex up to 4 / d."""
+    return width / 2 * tau.log() + tau.reciprocal()
+
+
+def _of_dimensions(temperature: float | Tensor, correlation: Tensor) -> Tensor:
+    """A temperature for every pair of dimensions, shape (C, d, d)."""
+    if not isinstance(temperature, Tensor) or not temperature.ndim:
+        _checks.temperature("temperature", temperature)
+        if not isinstance(temperature, Tensor):
+            temperature = correlation.new_full((), temperature)
+        return temperature.to(correlation.dtype).expand(correlation.shape).contiguous()
+    if temperature.shape != correlation.shape:
+        wanted, came = tuple(correlation.shape), tuple(temperature.shape)
+        raise ValueError(f"temperature must be 0-d or of shape {wanted}, got shape {came}.")
+    message = "temperature must be finite and > 0, got another value."
+    _checks.require(((temperature.detach() > 0) & temperature.detach().isfinite()).all(), message)
+    return temperature.to(correlation.dtype).contiguous()
+
+
+def _width_of_heads(heads: int, **embeddings: Tensor) -> int:
+    """d, refusing numbers of columns that are not C d."""
+    _check_options(heads=heads)
+    ((name, z),) = embeddings.items()
+    if z.shape[1] % heads:
+        raise ValueError(
+            f"{name} must have a number of columns that heads={heads} divides, got {z.shape[1]}."
+        )
+    return z.shape[1] // heads
+
+
+def _check_temperature(temperature: Temperature, heads: int, z: Tensor, name: str = "z1") -> None:
+    """Refuse a temperature that is none, or whose heads are not those of the embeddings."""
+    if isinstance(temperature, PairTemperature):
+        if temperature.heads != heads:
+            raise ValueError(f"heads must be those of the temperature, got {heads} and {temperature.heads}.")
+        if z.shape[1] != heads * temperature.dim:
+            wanted = f"heads * dim = {heads} * {temperature.dim} = {heads * temperature.dim}"
+            raise ValueError(f"{name} must have {wanted} columns, got {z.shape[1]}.")
+    elif not callable(temperature):
+        _checks.temperature("temperature", temperature)
+    _width_of_heads(heads, **{name: z})
+
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    **dict.fromkeys(("dim", "heads", "hidden_dim"), _checks.count),
+    **dict.fromkeys(("include_positive", "shared", "detach_input", "raw_input"), _checks.flag),
+    **dict.fromkeys(("beta", "lambd"), lambda name, value: _checks.number(name, value, at_least=0)),
+    "eps": _checks.positive,
+    "pooling": lambda name, value: _checks.choice(name, value, ("max", "lse")),
+}
+
+
+def _check_options(**options: Any) -> None:
+    """Refuse values out of range of the options named so."""
+    for name in _CHECKS.keys() & options.keys():
+        _CHECKS[name](name, options[name])
+
+
+def _check_range(minimum: float, maximum: float, least: str, largest: str) -> None:
+    _checks.temperature(least, minimum)
+    _checks.positive(largest, maximum)
+    if minimum > maximum:
+        raise ValueError(f"{least} must not exceed {largest}, got {minimum} and {maximum}.")
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+_OF_TEMPERATURE = ("dim", "hidden_dim", "shared", "detach_input", "min_temperature", "max_temperature")
+
+
+class _AdaptiveLoss(ContrastiveLoss):
+    """What the modules have in common: a least temperature, and to tell how many temperatures sit there."""
+
+    min_temperature: float
+    max_temperature: float
+
+    def advice(self, measures: Mapping[str, Tensor]) -> str | None:
+        """A sentence if more than half of the temperatures of one kind are the least one."""
+        for side in ("positive", "negative"):
+            share = float(measures.get(f"tau_{side}_at_floor", 0.0))
+            if share > 0.5:
+                return (
+                    f"{100 * share:.0f} % of the temperatures of {side} pairs are at min_temperature="
+                    f"{self.min_temperature}, which alone bounds the loss there: raise min_temperature, change beta, "
+                    "or let the temperatures learn more slowly."
+                )
+        return None
+
+    def _described(self, side: str, tau: Tensor) -> dict[str, Tensor]:
+        """Quantiles of temperatures and the share at the least one; nothing of constant ones."""
+        if self.min_temperature == self.max_temperature:
+            return {}
+        quantiles = tau.flatten().quantile(torch.tensor([0.1, 0.5, 0.9], dtype=tau.dtype, device=tau.device))
+        floor = self.min_temperature + _FLOOR * (self.max_temperature - self.min_temperature)
+        values = (*quantiles, (tau < floor).to(tau.dtype).mean())
+        names = ("q10", "median", "q90", "at_floor")
+        return {f"tau_{side}_{name}": value for name, value in zip(names, values, strict=True)}
+
+
+class _PairwiseLoss(_AdaptiveLoss):
+    """A loss of pairs of rows, whose temperatures are a network's or one constant."""
+
+    def __init__(self, **hyperparameters: Any) -> None:
+        _check_options(**hyperparameters)
+        super().__init__(**hyperparameters)
+        self.pair_temperature = _network(**hyperparameters)
+
+    def _options(self, *without: str) -> dict[str, Any]:
+        """What the function is called with beside the inputs."""
+        options = {k: v for k, v in self.hyperparameters().items() if k not in (*_OF_TEMPERATURE, *without)}
+        constant = self.pair_temperature is None
+        return options | {"temperature": self.min_temperature if constant else self.pair_temperature}
+
+    def _of_pairs(self, side: str, pairs: _Pairs) -> dict[str, Tensor]:
+        return {f"similarity_{side}": pairs.similarity.mean()} | self._described(side, pairs.temperature)
+
+
+def _network(
+    *,
+    dim: int,
+    heads: int,
+    hidden_dim: int,
+    shared: bool,
+    detach_input: bool,
+    min_temperature: float,
+    max_temperature: float,
+    **_: Any,
+) -> PairTemperature | None:
+    """The network of temperatures; None for a constant one."""
+    _check_range(min_temperature, max_temperature, "min_temperature", "max_temperature")
+    if min_temperature == max_temperature:
+        return None
+    ends = {"minimum": min_temperature, "maximum": max_temperature}
+    return PairTemperature(
+        dim, heads=heads, hidden_dim=hidden_dim, shared=shared, detach_input=detach_input, **ends
+    )
+
+
+class AMCLLoss(_PairwiseLoss, QueryKeyLoss):
+    """Module form of :func:`amcl_loss`, with a :class:`PairTemperature` to learn.
+
+    It is part of what is optimised; a tenth of the encoder's learning rate is a start for it. The least temperature
+    alone bounds the loss, so log :meth:`measures` and warn with what :meth:`advice` says of them.
+
+    Args:
+        dim: d, columns of a head: the projector emits ``heads * dim``.
+        heads: C.
+        beta: weight >= 0 of the regulariser of temperatures.
+        min_temperature: least temperature > 0.
+        max_temperature: largest temperature. If both are equal, all pairs have it and nothing is learnt.
+        pooling: "max" for the most similar negative, "lse" for the log-sum-exp over all of them.
+        include_positive: count the positive among the candidates.
+        hidden_dim: width of the hidden layer of the temperature.
+        shared: one network of temperatures for all heads.
+        detach_input: give the embeddings no gradient through the temperature.
+        raw_input: show the temperature the rows as they came, rather than of unit length.
+        normalize: scale each head's rows to unit length first.
+        reduction: "mean", "sum" or "none".
+        group: process group whose other rows serve as negatives: None, "world" or a process group.
+    """
+
+    def __init__(
+        self,
+        dim: int = 128,
+        heads: int = 3,
+        beta: float = 0.1,
+        *,
+        min_temperature: float = 0.05,
+        max_temperature: float = 2.0,
+        pooling: Pooling = "max",
+        include_positive: bool = False,
+        hidden_dim: int = 128,
+        shared: bool = False,
+        detach_input: bool = False,
+        raw_input: bool = False,
+        normalize: bool = True,
+        reduction: Reduction = "mean",
+        group: Group = None,
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            beta=beta,
+            min_temperature=min_temperature,
+            max_temperature=max_temperature,
+            pooling=pooling,
+            include_positive=include_positive,
+            hidden_dim=hidden_dim,
+            shared=shared,
+            detach_input=detach_input,
+            raw_input=raw_input,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+        )
+
+    def forward(self, query: Tensor, key: Tensor, negatives: Tensor | None = None) -> Tensor:
+        """Loss of two views, each of shape (N, C d); with a queue (K, C d) its rows are the negatives."""
+        return amcl_loss(query, key, negatives, **self._options())
+
+    def measures(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Mean similarity, quantiles of temperatures and their share at the least one, of positives and of n*.
+
+        Of this process's rows alone; with a group, n* is the hardest negative among them.
+        """
+        query, key, negatives = (*inputs, None)[:3]
+        with _rows.measuring(inputs[0].device):
+            options = self._options("beta", "pooling", "include_positive", "reduction", "group")
+            compared = _compared(query, key, negatives, group=None, **options)  # type: ignore[arg-type]
+            positive = self._of_pairs("positive", compared.positive())
+            return positive | self._of_pairs("negative", compared.hardest())
+
+
+class AMCLSimSiamLoss(_PairwiseLoss, PredictionLoss):
+    """Module form of :func:`amcl_simsiam_loss`, with a :class:`PairTemperature` to learn; see :class:`AMCLLoss`.
+
+    Args:
+        dim: d, columns of a head: projector and predictor emit ``heads * dim``.
+        heads: C.
+        beta: weight >= 0 of the regulariser of temperatures.
+        min_temperature: least temperature > 0.
+        max_temperature: largest temperature. If both are equal, all pairs have it and nothing is learnt.
+        hidden_dim: width of the hidden layer of the temperature.
+        shared: one network of temperatures for all heads.
+        detach_input: give the embeddings no gradient through the temperature.
+        raw_input: show the temperature the rows as they came, rather than of unit length.
+        normalize: scale each head's rows to unit length first.
+        reduction: "mean", "sum" or "none".
+        group: process group over which the batch is spread: None, "world" or a process group.
+    """
+
+    def __init__(
+        self,
+        dim: int = 128,
+        heads: int = 3,
+        beta: float = 0.1,
+        *,
+        min_temperature: float = 0.05,
+        max_temperature: float = 2.0,
+        hidden_dim: int = 128,
+        shared: bool = False,
+        detach_input: bool = False,
+        raw_input: bool = False,
+        normalize: bool = True,
+        reduction: Reduction = "mean",
+        group: Group = None,
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            beta=beta,
+            min_temperature=min_temperature,
+            max_temperature=max_temperature,
+            hidden_dim=hidden_dim,
+            shared=shared,
+            detach_input=detach_input,
+            raw_input=raw_input,
+            normalize=normalize,
+            reduction=reduction,
+            group=group,
+        )
+
+    def forward(self, p: Tensor, z: Tensor) -> Tensor:
+        """Loss of predictions (N, C d) and targets (N, C d)."""
+        return amcl_simsiam_loss(p, z, **self._options())
+
+    def measures(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Mean similarity, quantiles of temperatures and their share at the least one, of this process's rows."""
+        with _rows.measuring(inputs[0].device):
+            pairs, _ = _predicted(*inputs, group=None, **self._options("beta", "reduction", "group"))
+            return self._of_pairs("positive", pairs)
+
+
+class AMCLBarlowLoss(_AdaptiveLoss, TwoViewLoss):
+    """Module form of :func:`amcl_barlow_loss`, with a logit to learn for every temperature.
+
+    The parameter ``temperature_logits``, shape (C, d, d), starts at 0, the middle of the range. At d = 256 it holds
+    65,536 numbers a head, at d = 2048 four million.
+
+    Args:
+        dim: d, columns of a head: the projector emits ``heads * dim``.
+        heads: C.
+        lambd: weight >= 0 of the redundancy between dimensions.
+        beta: weight >= 0 of the regulariser of temperatures.
+        min_temperature: least temperature > 0.
+        max_temperature: largest temperature. If both are equal, all pairs have it and nothing is learnt.
+        eps: added to variances, > 0.
+        group: process group over which the batch is spread: None, "world" or a process group.
+    """
+
+    def __init__(
+        self,
+        dim: int = 128,
+        heads: int = 3,
+        lambd: float = 0.005,
+        beta: float = 0.1,
+        *,
+        min_temperature: float = 0.05,
+        max_temperature: float = 2.0,
+        eps: float = 1e-5,
+        group: Group = None,
+    ) -> None:
+        _check_options(dim=dim, heads=heads, lambd=lambd, beta=beta, eps=eps)
+        _check_range(min_temperature, max_temperature, "min_temperature", "max_temperature")
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            lambd=lambd,
+            beta=beta,
+            min_temperature=min_temperature,
+            max_temperature=max_temperature,
+            eps=eps,
+            group=group,
+        )
+        learnt = min_temperature < max_temperature
+        self.temperature_logits = nn.Parameter(torch.zeros(heads, dim, dim), requires_grad=learnt)
+
+    @property
+    def pair_temperature(self) -> Tensor:
+        """Temperatures of all pairs of dimensions, shape (C, d, d)."""
+        return _scaled_sigmoid(self.temperature_logits, self.min_temperature, self.max_temperature)
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """Loss of two views, each of shape (N, C d)."""
+        options = {k: v for k, v in self.hyperparameters().items() if k not in _OF_TEMPERATURE}
+        return amcl_barlow_loss(z1, z2, temperature=self.pair_temperature, **options)
+
+    def measures(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Quantiles of temperatures and their share at the least one, on the diagonal ("positive") and off it."""
+        with torch.no_grad():
+            tau = self.pair_temperature
+            positive = self._described("positive", tau.diagonal(dim1=1, dim2=2))
+            return positive | self._described("negative", off_diagonal(tau))
