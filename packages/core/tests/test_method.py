@@ -60,3 +60,24 @@ def test_fraction_of_the_progress():
     assert Progress(3, 12, 0, 4).fraction == 0.25
     assert Progress(0, 0, 0, 0).fraction == 0.0
     assert Progress(9, 6, 0, 1).fraction == 1.0
+
+
+def test_modules_may_ask_for_another_rate():
+    class Slow(nn.Linear):
+        lr_scale = 0.1
+
+    class Two(Method):
+        def __init__(self):
+            super().__init__()
+            self.fast, self.slow = nn.Linear(2, 2), Slow(2, 2)
+
+    method = Two()
+    groups = method.parameter_groups(0.3)
+    assert [(g.get("lr_scale", 1.0), g["weight_decay"]) for g in groups] == [
+        (1, 0.3),
+        (1, 0),
+        (0.1, 0.3),
+        (0.1, 0),
+    ]
+    wanted = [method.fast.weight, method.fast.bias, method.slow.weight, method.slow.bias]
+    assert all(group["params"][0] is parameter for group, parameter in zip(groups, wanted, strict=True))

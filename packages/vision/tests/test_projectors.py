@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cl_vision.projectors import MLPProjector
+from cl_vision.projectors import MLPProjector, MultiHeadProjector
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
@@ -36,3 +36,27 @@ def test_bad_input():
         MLPProjector(12, norm="group")
     with pytest.raises(ValueError, match=r"features must have shape \(N, 12\), got \(4, 11\)"):
         MLPProjector(12)(torch.randn(4, 11))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_heads_are_independent_and_lie_side_by_side(split):
+    head = MultiHeadProjector(6, heads=3, hidden_dim=5, head_dim=4, split=split)
+    rows = torch.randn(7, 6)
+    found = head(rows)
+    assert found.shape == (7, 12) == (7, head.out_dim)
+    for place, network in enumerate(head.networks):
+        given = rows[:, 2 * place : 2 * place + 2] if split else rows
+        torch.testing.assert_close(found[:, 4 * place : 4 * place + 4], network(given))
+    gradients = torch.autograd.grad(found[:, :4].square().sum(), list(head.parameters()))
+    assert [bool(g.any()) for g in gradients] == [True] * 4 + [False] * 8
+
+
+def test_heads_are_built_for_their_encoder():
+    head = MultiHeadProjector(head_dim=4)
+    with pytest.raises(RuntimeError, match="has no in_dim yet"):
+        head(torch.randn(2, 6))
+    head.build(6)
+    with pytest.raises(ValueError, match=r"features must have shape \(N, 6\), got \(2, 5\)"):
+        head(torch.randn(2, 5))
+    with pytest.raises(ValueError, match="in_dim must be a multiple of heads=3 to be split, got 7"):
+        MultiHeadProjector(7, split=True)

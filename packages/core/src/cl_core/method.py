@@ -71,23 +71,29 @@ class Method(nn.Module):
         """Parameter groups for the optimiser; by default biases and vectors (norms) carry no weight decay.
 
         Nor do the parameters that a module names in an attribute ``undecayed``, such as ``("embedding.weight",)``.
+        The parameters of a module with an attribute ``lr_scale`` learn at so many times the rate.
 
         A group may scale the learning rate by ``"lr_scale"`` and name its ``"optimizer"``: groups of one name
         share an optimiser. All optimisers step on the one loss, unless :meth:`update` is defined.
         """
-        decayed: list[Tensor] = []
-        exempt: list[Tensor] = []
-        named = {
-            module.get_parameter(name)
-            for module in self.modules()
-            for name in getattr(module, "undecayed", ())
-        }
+        undecayed: set[Tensor] = set()
+        scales: dict[Tensor, float] = {}
+        for module in self.modules():
+            undecayed |= {module.get_parameter(name) for name in getattr(module, "undecayed", ())}
+            if (scale := getattr(module, "lr_scale", None)) is not None:
+                scales |= dict.fromkeys(module.parameters(), float(scale))
+        groups: dict[tuple[float, float], list[Tensor]] = {}
         for parameter in self.parameters():
             if parameter.requires_grad:
-                spared = parameter.ndim <= 1 or parameter in named
-                (exempt if spared else decayed).append(parameter)
-        settings = ((decayed, weight_decay), (exempt, 0.0))
-        return [{"params": params, "weight_decay": decay} for params, decay in settings if params]
+                spared = parameter.ndim <= 1 or parameter in undecayed
+                key = scales.get(parameter, 1.0), 0.0 if spared else weight_decay
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": params, "weight_decay": decay} | ({} if scale == 1 else {"lr_scale": scale})
+            for (scale, decay), params in sorted(
+                groups.items(), key=lambda entry: (-entry[0][0], -entry[0][1])
+            )
+        ]
 
     def update(
         self, batch: Any, optimizers: Mapping[str, Optimizer], backward: Callable[[Tensor], None]

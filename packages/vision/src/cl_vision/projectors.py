@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from cl_core import _checks
@@ -98,3 +99,65 @@ class MLPProjector(Projector):
         if features.ndim != 2 or features.shape[1] != self.in_dim:
             raise ValueError(f"features must have shape (N, {self.in_dim}), got {tuple(features.shape)}.")
         return self.network(features)
+
+
+class MultiHeadProjector(Projector):
+    """Several independent heads, whose projections lie side by side in the columns.
+
+    A loss of several heads (``AMCLLoss``) takes them apart again; between the two, hosts and queues see one row.
+
+    Args:
+        in_dim: columns of the features; None takes the encoder's (or the projector's) when a method builds the heads.
+        heads: how many.
+        hidden_dim: width of the hidden layers of a head; None takes its number of inputs.
+        head_dim: columns of a head; ``out_dim`` is ``heads * head_dim``.
+        layers: linear layers of a head.
+        norm: as in :class:`MLPProjector`.
+        final_norm: as in :class:`MLPProjector`.
+        split: give each head its own share of the columns, as a predictor of several heads' projections wants it; a
+            projector shows all features to all heads.
+
+    Reference: Wang et al., "Adaptive Multi-head Contrastive Learning", ECCV 2024, arXiv 2310.05615.
+    """
+
+    def __init__(
+        self,
+        in_dim: int | None = None,
+        heads: int = 3,
+        hidden_dim: int | None = None,
+        head_dim: int = 128,
+        layers: int = 2,
+        norm: Literal["batch", "layer", "none"] = "none",
+        final_norm: Literal["batch", "layer", "none"] = "none",
+        split: bool = False,
+    ) -> None:
+        super().__init__()
+        _checks.count("heads", heads)
+        _checks.count("head_dim", head_dim)
+        _checks.flag("split", split)
+        self.in_dim: int | None = None
+        self.heads, self.hidden_dim, self.head_dim, self.layers = heads, hidden_dim, head_dim, layers
+        self.norm, self.final_norm, self.split = norm, final_norm, split
+        self.out_dim = heads * head_dim
+        self.networks = nn.ModuleList(
+            MLPProjector(None, hidden_dim, head_dim, layers, norm, final_norm) for _ in range(heads)
+        )
+        if in_dim is not None:
+            self.build(in_dim)
+
+    def build(self, in_dim: int) -> None:
+        """Create the layers for features of ``in_dim`` columns."""
+        if self.split and in_dim % self.heads:
+            raise ValueError(f"in_dim must be a multiple of heads={self.heads} to be split, got {in_dim}.")
+        for network in self.networks:
+            network.build(in_dim // self.heads if self.split else in_dim)  # type: ignore[operator]
+        self.in_dim = in_dim
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Projections of features (N, in_dim), shape (N, heads * head_dim)."""
+        if self.in_dim is None:
+            raise RuntimeError("this projector has no in_dim yet: give one, or let a method build it.")
+        if features.ndim != 2 or features.shape[1] != self.in_dim:
+            raise ValueError(f"features must have shape (N, {self.in_dim}), got {tuple(features.shape)}.")
+        given = features.chunk(self.heads, 1) if self.split else [features] * self.heads
+        return torch.cat([network(part) for network, part in zip(self.networks, given, strict=True)], 1)

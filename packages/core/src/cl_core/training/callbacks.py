@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cl_core import diagnostics
-from cl_core.losses._base import ContrastiveLoss, LabelledLoss, TwoViewLoss
+from cl_core.losses._base import ContrastiveLoss, LabelledLoss, PredictionLoss, TwoViewLoss
 from cl_core.momentum import ExponentialMovingAverage
 from cl_core.training.data import Data
 from cl_core.training.evaluating import Evaluation, embed_split, labelled, neighbour_accuracies
@@ -60,8 +60,8 @@ class Diagnostics(pl.Callback):
 
     For losses with a temperature also the factor q by which InfoNCE's gradient shrinks (``train/npc_factor``), and what
     the loss itself measures. Reads the embeddings that the method hands to its ``criterion`` in the last batch of an
-    epoch, of several views the first two. Of a criterion that takes neither views, nor queries and keys, nor labelled
-    rows only its own measures are reported.
+    epoch, of several views the first two. Of a criterion that takes neither views, nor queries and keys, nor predictions
+    and targets, nor labelled rows only its own measures are reported.
 
     Args:
         folder: where ``similarities.safetensors`` is written, samples of the similarities over training.
@@ -116,7 +116,8 @@ class Diagnostics(pl.Callback):
         self._measures = {}
         if self._advice is not None and not self._advised:  # once a run is enough
             self._advised = True
-            warnings.warn(f"epoch {trainer.current_epoch + 1}: {self._advice}", stacklevel=2)
+            # From here, as what is said of Lightning's own lines is not shown.
+            warnings.warn(f"epoch {trainer.current_epoch + 1}: {self._advice}", stacklevel=1)
         if self._seen is None:
             return
         first, second = self._seen
@@ -140,7 +141,9 @@ class Diagnostics(pl.Callback):
         # Now, as a queue has taken in these keys when the epoch ends.
         self._measures = module.measures(*inputs, **options)  # type: ignore[operator]
         self._advice = module.advice(self._measures) if self._measures else None  # type: ignore[operator]
-        pair = _first_pair(inputs) if isinstance(module, TwoViewLoss | LabelledLoss) else None
+        pair = (
+            _first_pair(inputs) if isinstance(module, TwoViewLoss | LabelledLoss | PredictionLoss) else None
+        )
         if pair is None:
             return
         first, second = (value.detach() for value in pair)
