@@ -59,8 +59,8 @@ class PairTemperature(nn.Module):
             or not for its sake.
 
     The parameters ``weight1`` (C, hidden_dim, 2 d) and ``weight2`` (C, 1, hidden_dim) start as those of
-    ``torch.nn.Linear``; biases are vectors, so that what exempts vectors from weight decay exempts them. They learn at a
-    tenth of the rate (``lr_scale``, which :meth:`cl_core.method.Method.parameter_groups` reads).
+    ``torch.nn.Linear``; biases are vectors, so that what exempts vectors from weight decay exempts them. They learn at
+    a tenth of the rate (``lr_scale``, which :meth:`cl_core.method.Method.parameter_groups` reads).
     """
 
     lr_scale: ClassVar[float] = 0.1
@@ -667,7 +667,8 @@ def _network(
 class AMCLLoss(_PairwiseLoss, QueryKeyLoss):
     """Module form of :func:`amcl_loss`, with a :class:`PairTemperature` to learn.
 
-    It is part of what is optimised. The least temperature alone bounds the loss, so log :meth:`measures` and warn with what :meth:`advice` says of them.
+    It is part of what is optimised. The least temperature alone bounds the loss, so log :meth:`measures` and warn with
+    what :meth:`advice` says of them.
 
     Args:
         dim: d, columns of a head: the projector emits ``heads * dim``.

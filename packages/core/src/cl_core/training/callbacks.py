@@ -60,8 +60,8 @@ class Diagnostics(pl.Callback):
 
     For losses with a temperature also the factor q by which InfoNCE's gradient shrinks (``train/npc_factor``), and what
     the loss itself measures. Reads the embeddings that the method hands to its ``criterion`` in the last batch of an
-    epoch, of several views the first two. Of a criterion that takes neither views, nor queries and keys, nor predictions
-    and targets, nor labelled rows only its own measures are reported.
+    epoch, of several views the first two. Of a criterion that takes neither views, nor queries and keys, nor
+    predictions and targets, nor labelled rows only its own measures are reported.
 
     Args:
         folder: where ``similarities.safetensors`` is written, samples of the similarities over training.
