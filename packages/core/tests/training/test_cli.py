@@ -234,7 +234,7 @@ class TheirLoss(TwoViewLoss):
         ("fit --config tiny/quik", "no file or config of cl-tiny 'tiny/quik'; did you mean 'tiny/quick'?"),
         ("Q --model.loss.temprature 3", "no parameter of TinyLoss 'temprature'; did you mean 'temperature'?"),
         ("Q --model.loss TinyLos", "no TwoViewLoss for --model.loss 'TinyLos'; did you mean 'TinyLoss'"),
-        ("Q --model.loss TinyMethod", "--model.loss takes a TwoViewLoss, which TinyMethod is not: Alignm"),
+        ("Q --model.loss TinyMethod", "--model.loss takes a TwoViewLoss, which TinyMethod is not: AMCLBa"),
         ("Q --seed -1", "seed must be at least 0, got -1."),
         ("Q --model tinymethod", "no Method for --model 'tinymethod'; did you mean 'TinyMethod'"),
         ("Q --data TinyDat", "no Data for --data 'TinyDat'; did you mean 'TinyData'"),
