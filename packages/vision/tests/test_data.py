@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision import datasets
 
+from cl_core.training.data import Data
+from cl_core.training.loader import TrainLoader
 from cl_vision.data import (
     CIFAR10,
     CIFAR100,
@@ -25,7 +27,8 @@ from cl_vision.data import (
     collate_views,
     stratified_split,
 )
-from cl_vision.data.folder import ImageFiles
+from cl_vision.data.folder import ImageFiles, ImageFolder
+from cl_vision.data.views import ViewBatch
 from cl_vision.transforms import SimCLRTransform, SmallGrayTransform, ViewTransform
 
 CL_DATA = os.environ.get("CL_DATA")
@@ -57,6 +60,109 @@ def test_views_depend_on_seed_epoch_row_and_view_only(images):
     assert not same_views(first, data[5])
     data.set_epoch(0)
     assert same_views(first, data[5])
+
+
+def test_samples_made_together_are_those_made_alone(images):
+    rows = torch.tensor([7, 2, 9, 0, 11])
+    shift = torch.tensor([0.5, 0.25, 0.0])[:, None, None]
+    data = ViewDataset(
+        images, SimCLRTransform(12), rows=rows, num_views=3, seed=2, finish=lambda views: views - shift
+    )
+    data.set_epoch(4)
+    together, alone = data.__getitems__([3, 0, 4]), [data[index] for index in (3, 0, 4)]
+    batch = collate_views(together)
+    assert isinstance(together, ViewBatch)
+    assert same_views(batch, collate_views(alone))
+    assert batch.labels.tolist() == (rows[[3, 0, 4]] % 3).tolist()
+    assert batch.index.tolist() == [3, 0, 4]
+    assert all(view.is_contiguous() for view in batch.views)
+
+
+def test_samples_made_together_are_a_sequence_of_samples(images):
+    data = ViewDataset(images, SimCLRTransform(12))
+    together = data.__getitems__([5, 1, 8])
+    assert len(together) == 3
+    for sample, index in zip(together, (5, 1, 8), strict=True):
+        assert same_views(sample, data[index])
+        assert (sample.labels, sample.index) == (index % 3, index)
+    assert same_views(together[1:].batch, collate_views([data[1], data[8]]))
+    # A loader without our collate stacks them as any other samples.
+    batch = default_collate(together)
+    assert isinstance(batch, Views)
+    assert same_views(batch, together.batch)
+    (loaded,) = DataLoader(data, batch_size=12)
+    assert same_views(loaded, collate_views([data[index] for index in range(12)]))
+
+
+def test_a_pipeline_of_ones_own_goes_image_by_image(images):
+    def ragged(image):
+        return image[:, : 2 + int(torch.randint(8, ()))]
+
+    data = ViewDataset(images, ViewTransform(ragged))
+    (samples,) = DataLoader(data, batch_size=12, collate_fn=list)
+    assert all(same_views(sample, data[index]) for index, sample in enumerate(samples))
+    assert len({sample.views[0].shape for sample in samples}) > 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_of_several_sizes(tmp_path, write_image, workers):
+    for number in range(12):
+        write_image(tmp_path / f"{number:02}.png", (20 * number, 100, 0), size=(10 + number % 3, 14))
+    data = ImageFolder(root=tmp_path, image_size=8, test=0.0, validation=0.0)
+    train = data.train_dataset()
+    batches = list(DataLoader(train, batch_size=5, num_workers=workers, collate_fn=data.collate))
+    assert [len(batch.labels) for batch in batches] == [5, 5, 2]
+    for number, batch in enumerate(batches):
+        rows = range(5 * number, min(5 * number + 5, 12))
+        assert same_views(batch, collate_views([train[row] for row in rows]))
+
+
+class Held(Data):
+    """Images at hand, for the trainer's loader."""
+
+    def __init__(self, images, **options):
+        super().__init__(**options)
+        self.images = images
+
+    def train_dataset(self):
+        return ViewDataset(self.images, SimCLRTransform(12), seed=self.seed)
+
+    def evaluation_dataset(self, split):
+        raise NotImplementedError
+
+    def collate(self, items):
+        return collate_views(items)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_where_it_was_stopped(images, workers):
+    def batches(loader, epoch):
+        loader.set_epoch(epoch)
+        return list(loader)
+
+    whole = TrainLoader(Held(images, batch_size=5, num_workers=0), drop_last=False)
+    expected = [batches(whole, epoch) for epoch in range(2)]
+    stopped = TrainLoader(Held(images, batch_size=5, num_workers=workers), drop_last=False)
+    assert all(map(same_views, batches(stopped, 0), expected[0]))
+    stopped.set_epoch(1)
+    assert same_views(next(iter(stopped)), expected[1][0])
+    resumed = TrainLoader(Held(images, batch_size=5, num_workers=workers), drop_last=False)
+    resumed.load_state_dict(stopped.state_dict())
+    rest = list(resumed)
+    assert len(rest) == 2
+    assert all(map(same_views, rest, expected[1][1:]))
+    # Batches of another size hold the same views, image by image.
+    other = TrainLoader(Held(images, batch_size=3, num_workers=workers), drop_last=False)
+    found, wanted = (
+        {
+            index: view
+            for batch in epoch
+            for index, view in zip(batch.index.tolist(), batch.views[0], strict=True)
+        }
+        for epoch in (batches(other, 1), expected[1])
+    )
+    assert set(found) == set(wanted) == set(range(12))
+    assert all(torch.equal(found[index], wanted[index]) for index in range(12))
 
 
 @pytest.mark.parametrize("persistent", [False, True])

@@ -1,22 +1,39 @@
 """Random views of an image, and the plain one for evaluation.
 
 A view is a pure function of (image, seed): :func:`view_seed` makes the seed from (run seed, epoch, index,
-view), so the same view comes back in any worker, in any order and after any resume, and the global random
-state stays untouched.
+view), so the same view comes back in any worker, in any order, in any batch and after any resume, and the global
+random state stays untouched.
 """
 
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import blake2b
+from itertools import pairwise
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
 
-Range = tuple[float, float]
+from cl_vision import _pixels
+from cl_vision._pixels import Floats, Range
+
+Finish: TypeAlias = Callable[[Tensor], Tensor]  # of views (C, H, W), or of several at once (n, C, H, W)
+Plan: TypeAlias = dict[str, Tensor]  # what is done to each row
+
+_PIECE = (
+    3 * 2**17
+)  # numbers of the views that are worked on at once; a little more than a core's cache measured best
+_SOURCE = 2**22  # at most so many numbers of their images
+_NO_COLOURS = 4  # in place of the hue's place in the order of adjustments
+_SIGMA = (0.1, 2.0)  # of the Gaussian blur, in pixels
 
 
 def view_seed(seed: int, epoch: int, index: int, view: int) -> int:
@@ -39,8 +56,8 @@ def _drawing_from(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # One image is too small to share: waking other threads for it costs more than it saves, many times over where
-    # the cores are busy. Loader processes have one thread anyway; this is for a loader without them.
+    # Views are many short operations. To share each between threads saves little, and where the cores are busy every
+    # one of them waits for the scheduler. Loader processes have one thread anyway; this is for a loader without them.
     threads = torch.get_num_threads()
     if threads == 1:
         yield
@@ -82,7 +99,81 @@ class ViewTransform:
         return f"{type(self).__name__}({self.pipeline})"
 
 
-class SimCLRTransform(ViewTransform):
+class BatchTransform(ViewTransform, ABC):
+    """Base of the views that are made for whole batches at once; one view is a batch of one.
+
+    Bit for bit a row has the view of its own image and seed, whatever the rows beside it: random numbers are a
+    function of (seed, number of the draw), and no operation's result for a row depends on other rows.
+    """
+
+    size: int
+
+    def __init__(self) -> None:  # without a pipeline
+        pass
+
+    def __call__(self, image: Tensor, *, seed: int) -> Tensor:
+        """One view of an image, as :class:`ViewTransform`."""
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            raise TypeError(f"image must be a tensor of shape (C, H, W), got {_describe(image)}.")
+        with _one_thread():
+            return self._views(image[None], np.array([seed % 2**64], np.uint64))[0]
+
+    def batch(self, images: Tensor, seeds: Tensor, finish: Finish | None = None) -> Tensor:
+        """One view of each of several images of one size, computed where the images are.
+
+        Args:
+            images: shape (N, C, H, W), uint8 in [0, 255] or floating point in [0, 1].
+            seeds: shape (N,), int64, from :func:`view_seed`; every row has the view of its own image and seed.
+            finish: applied to the views, some at a time, (n, C, size, size) to the same shape.
+
+        Returns:
+            The views, float32 (N, C, size, size) in [0, 1] up to rounding.
+        """
+        _check_batch(images, seeds)
+        with _one_thread():
+            return self._views(images, seeds.cpu().numpy().astype(np.uint64), finish)
+
+    def _views(self, images: Tensor, seeds: NDArray[np.uint64], finish: Finish | None = None) -> Tensor:
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise TypeError(f"images must be uint8 or floating point, got {images.dtype}.")
+        n, channels, height, width = images.shape
+        device = images.device
+        kinds, plan = self._plan(seeds, channels, height, width, device)
+        if n == 1:
+            drawn = self._draw(images, int(kinds[0]), plan).contiguous()
+            return drawn if finish is None else finish(drawn)
+        # Rows of one kind at a time, and few of them, so that what lies between two operations stays in the cache.
+        order = np.argsort(kinds, kind="stable")
+        kinds, rows = kinds[order], torch.from_numpy(order).to(device)
+        plan = {name: values.index_select(0, rows) for name, values in plan.items()}
+        most = min(_PIECE // (channels * self.size**2), _SOURCE // (channels * height * width))
+        most = max(1, most) if device.type == "cpu" else n
+        views: Tensor | None = None
+        for part in _pieces(kinds, most):
+            piece = {name: values[part] for name, values in plan.items()}
+            drawn = self._draw(images.index_select(0, rows[part]), int(kinds[part.start]), piece)
+            drawn = drawn if finish is None else finish(drawn)
+            views = drawn.new_empty(n, *drawn.shape[1:]) if views is None else views
+            views.index_copy_(0, rows[part], drawn)
+        assert views is not None
+        return views
+
+    @abstractmethod
+    def _plan(
+        self, seeds: NDArray[np.uint64], channels: int, height: int, width: int, device: torch.device
+    ) -> tuple[NDArray[np.int64], Plan]:
+        """The kind of each row, and what is done to it."""
+
+    @abstractmethod
+    def _draw(self, images: Tensor, kind: int, plan: Plan) -> Tensor:
+        """The views of rows of one kind."""
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name[0] != "_")
+        return f"{type(self).__name__}({settings})"
+
+
+class SimCLRTransform(BatchTransform):
     """SimCLR's view: random crop, flip, colour jitter, grey, blur.
 
     The paper's settings for CIFAR-10 are ``size=32, jitter=0.5, blur=0.0``, for ImageNet ``size=224`` and the
@@ -123,23 +214,61 @@ class SimCLRTransform(ViewTransform):
             raise ValueError(f"hue must be in [0, 0.5], got {hue}.")
         self.size, self.scale, self.flip, self.hue = size, scale, flip, hue
         self.jitter, self.jitter_probability, self.gray, self.blur = jitter, jitter_probability, gray, blur
-        steps: list[Callable[[Tensor], Tensor]] = [
-            v2.ToDtype(torch.float32, scale=True),
-            v2.RandomResizedCrop(size, scale=scale, antialias=True),
-        ]
-        if flip > 0:
-            steps.append(v2.RandomHorizontalFlip(flip))
-        if jitter > 0 and jitter_probability > 0:
-            colour = v2.ColorJitter(*[0.8 * jitter] * 3, 0.2 * jitter if hue is None else hue)
-            steps.append(v2.RandomApply([colour], p=jitter_probability))
-        if gray > 0:
-            steps.append(v2.RandomGrayscale(gray))
-        if blur > 0:
-            steps.append(v2.RandomApply([_blur(size)], p=blur))
-        super().__init__(v2.Compose(steps))
+        self._colours = jitter > 0 and jitter_probability > 0
+        self._hue = 0.2 * jitter if hue is None else hue
+
+    def _plan(
+        self, seeds: NDArray[np.uint64], channels: int, height: int, width: int, device: torch.device
+    ) -> tuple[NDArray[np.int64], Plan]:
+        if channels not in (1, 3) and (self._colours or self.gray > 0):
+            raise ValueError(f"images must have 1 or 3 channels for jitter and gray, got {channels}.")
+        draws = _pixels.uniforms(seeds, _pixels.CROP_DRAWS + 10)
+        flip, jitter, order, *factors, hue, gray, blur, sigma = draws[:, _pixels.CROP_DRAWS :].T
+        boxes = _pixels.crop_boxes(draws, height, width, self.scale, (3 / 4, 4 / 3))
+        plan = _resizing(boxes, self.size, flip < self.flip, device)
+        tensor = partial(_tensor, device=device)
+        hue_place = np.full(len(seeds), _NO_COLOURS)
+        if self._colours:
+            turned = self._hue > 0 and channels == 3
+            number = (len(_pixels.ORDERS) * order).astype(np.int64)
+            place = _pixels.HUE_PLACES[number] if turned else 3
+            hue_place = np.where(jitter < self.jitter_probability, place, _NO_COLOURS)
+            strength = _pixels.between(_around_one(0.8 * self.jitter), np.stack(factors, 1))
+            others = _pixels.ORDERS_OF_OTHERS[number]
+            plan["adjustments"] = tensor(_pixels.adjustments(others, strength, channels))
+            if turned:
+                # Thirds of the circle exchange the channels; what is left is at most a sixth either way.
+                sixths = 6 * _pixels.between((-self._hue, self._hue), hue)
+                thirds = np.rint(sixths / 2) * (self._hue > 1 / 6)
+                plan["sixths"] = tensor(sixths - 2 * thirds)
+                if self._hue > 1 / 6:
+                    plan["channels"] = tensor((np.arange(3) - thirds.astype(np.int64)[:, None]) % 3)
+        if channels == 3 and self.gray > 0:
+            plan["gray"] = tensor(gray < self.gray)
+        if self.blur > 0:
+            plan["sigma"] = tensor(_pixels.between(_SIGMA, sigma))
+        return 2 * hue_place + (blur < self.blur), plan
+
+    def _draw(self, images: Tensor, kind: int, plan: Plan) -> Tensor:
+        hue_place, blurred = divmod(kind, 2)
+        planes = _crop(images, plan)
+        if hue_place != _NO_COLOURS:
+            for step in range(4):
+                if step == hue_place:
+                    if "channels" in plan:
+                        planes = _pixels.exchange(planes, plan["channels"])
+                    if "sixths" in plan:
+                        _pixels.shift_hue_(planes, plan["sixths"])
+                else:
+                    _pixels.adjust_(planes, *plan["adjustments"][:, step - (step > hue_place)].unbind(1))
+        if "gray" in plan:
+            _pixels.gray_(planes, plan["gray"].nonzero()[:, 0])
+        if blurred:
+            return _pixels.blur(planes, _kernel(self.size), plan["sigma"])
+        return _pixels.upright(planes)
 
 
-class SmallGrayTransform(ViewTransform):
+class SmallGrayTransform(BatchTransform):
     """View for small grey images: crop, affine map, brightness and contrast; no flip unless asked for.
 
     A mirrored digit is another digit; for clothes (Fashion-MNIST) use ``flip=0.5``. The defaults were chosen on the
@@ -181,26 +310,48 @@ class SmallGrayTransform(ViewTransform):
         self.size, self.scale, self.ratio, self.zoom = size, scale, ratio, zoom
         self.rotation, self.translation, self.shear, self.flip = rotation, translation, shear, flip
         self.contrast, self.blur, self.erasing = contrast, blur, erasing
-        steps: list[Callable[[Tensor], Tensor]] = [
-            v2.ToDtype(torch.float32, scale=True),
-            v2.RandomAffine(
-                rotation,
-                translate=(translation, translation),
-                scale=zoom,
-                shear=(-shear, shear, -shear, shear),
-                interpolation=v2.InterpolationMode.BILINEAR,
-            ),
-            v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True),
-        ]
-        if flip > 0:
-            steps.append(v2.RandomHorizontalFlip(flip))
-        if contrast > 0:
-            steps.append(v2.ColorJitter(brightness=contrast, contrast=contrast))
-        if blur > 0:
-            steps.append(v2.RandomApply([_blur(size)], p=blur))
-        if erasing > 0:
-            steps.append(v2.RandomErasing(erasing, scale=(0.02, 0.2)))
-        super().__init__(v2.Compose(steps))
+
+    def _plan(
+        self, seeds: NDArray[np.uint64], channels: int, height: int, width: int, device: torch.device
+    ) -> tuple[NDArray[np.int64], Plan]:
+        if channels not in (1, 3) and self.contrast > 0:
+            raise ValueError(f"images must have 1 or 3 channels for contrast, got {channels}.")
+        own = _pixels.CROP_DRAWS + _pixels.ERASE_DRAWS
+        draws = _pixels.uniforms(seeds, own + 13)
+        angle, x, y, zoom, *shear, flip, order, bright, contrast, blur, sigma, erase = draws[:, own:].T
+        shift = self.translation
+        maps = _pixels.affine_maps(
+            _pixels.between((-self.rotation, self.rotation), angle),
+            np.rint(width * _pixels.between((-shift, shift), x)),
+            np.rint(height * _pixels.between((-shift, shift), y)),
+            _pixels.between(self.zoom, zoom),
+            *(_pixels.between((-self.shear, self.shear), part) for part in shear),
+        )
+        boxes = _pixels.crop_boxes(draws, height, width, self.scale, self.ratio)
+        tensor = partial(_tensor, device=device)
+        plan = _resizing(boxes, self.size, flip < self.flip, device) | {"maps": tensor(maps)}
+        if self.contrast > 0:
+            first = (order < 0.5).astype(np.int64)
+            factors = _pixels.between(_around_one(self.contrast), np.stack([bright, contrast], 1))
+            plan["adjustments"] = tensor(
+                _pixels.adjustments(np.stack([first, 1 - first], 1), factors, channels)
+            )
+        if self.blur > 0:
+            plan["sigma"] = tensor(_pixels.between(_SIGMA, sigma))
+        if self.erasing > 0:
+            boxes = _pixels.erase_boxes(draws[:, _pixels.CROP_DRAWS :], self.size, (0.02, 0.2), (0.3, 3.3))
+            plan["erased"] = tensor(np.stack(boxes, 1) * (erase < self.erasing)[:, None])
+        return (blur < self.blur).astype(np.int64), plan
+
+    def _draw(self, images: Tensor, kind: int, plan: Plan) -> Tensor:
+        planes = _crop(_pixels.affine(images, plan["maps"]), plan)
+        if "adjustments" in plan:
+            for adjustment in plan["adjustments"].unbind(1):
+                _pixels.adjust_(planes, *adjustment.unbind(1))
+        views = _pixels.blur(planes, _kernel(self.size), plan["sigma"]) if kind else _pixels.upright(planes)
+        if "erased" in plan:
+            _pixels.erase_(views, plan["erased"])
+        return views
 
 
 class EvaluationTransform:
@@ -231,19 +382,59 @@ class EvaluationTransform:
         return self.normalize(image)
 
     def normalize(self, image: Tensor) -> Tensor:
-        """(x - mean) / std, the last step of random views as well, so that the encoder sees one scale."""
-        return (image - self._centre) / self._scale
+        """(x - mean) / std of images (..., C, H, W), the last step of random views too: the encoder sees one scale."""
+        return (image - self._centre.to(image.device)).div_(self._scale.to(image.device))
 
     def __repr__(self) -> str:
         return f"EvaluationTransform(size={self.size}, mean={self.mean}, std={self.std})"
 
 
-def _blur(size: int) -> v2.GaussianBlur:
-    return v2.GaussianBlur(kernel_size=max(3, size // 10 // 2 * 2 + 1), sigma=(0.1, 2.0))
+def _pieces(kinds: NDArray[np.int64], most: int) -> Iterator[slice]:
+    """Slices of one kind and about equal length, at most ``most`` each."""
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    for start, stop in pairwise(edges):
+        count = -(-(stop - start) // most)
+        for part in range(count):
+            yield slice(start + (stop - start) * part // count, start + (stop - start) * (part + 1) // count)
+
+
+def _tensor(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.float32) if numbers.dtype == np.float64 else numbers).to(device)
+
+
+def _resizing(boxes: Sequence[Floats], size: int, mirrored: NDArray[np.bool_], device: torch.device) -> Plan:
+    top, left, tall, wide = boxes
+    upright = np.zeros(len(mirrored))
+    both = np.stack([np.concatenate(pair) for pair in ((top, left), (tall, wide), (upright, mirrored))])
+    start, length, backwards = _tensor(both, device)
+    taps, weights = _pixels.resize_taps(start, length, size, _pixels.taps_needed(both[1], size), backwards)
+    (rows, columns), (row_weights, column_weights) = taps.chunk(2), weights.chunk(2)
+    return {"rows": rows, "row_weights": row_weights, "columns": columns, "column_weights": column_weights}
+
+
+def _crop(images: Tensor, plan: Plan) -> Tensor:
+    rows, columns = (plan["rows"], plan["row_weights"]), (plan["columns"], plan["column_weights"])
+    return _pixels.crop(images, rows, columns)
+
+
+def _around_one(strength: float) -> Range:
+    return max(0.0, 1 - strength), 1 + strength
+
+
+def _kernel(size: int) -> int:
+    return max(3, size // 10 // 2 * 2 + 1)
 
 
 def _describe(image: object) -> str:
     return f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+
+
+def _check_batch(images: Tensor, seeds: Tensor) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        raise TypeError(f"images must be a tensor of shape (N, C, H, W), N >= 1, got {_describe(images)}.")
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.shape != images.shape[:1]:
+        kind = f"{seeds.dtype} of " if isinstance(seeds, Tensor) else ""
+        raise TypeError(f"seeds must be int64 of shape ({len(images)},), got {kind}{_describe(seeds)}.")
 
 
 def _check_size(size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -156,7 +157,7 @@ class ImageData(Data):
             rows = rows[images.labels[rows] >= 0]
         return PlainDataset(images, self.evaluation_transform, rows=rows)
 
-    def collate(self, items: list[Views]) -> Views:
+    def collate(self, items: Sequence[Views]) -> Views:
         """Stack training samples to a batch."""
         return collate_views(items)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cl_vision.transforms import ViewTransform, view_seed
+from cl_vision.transforms import BatchTransform, Finish, ViewTransform, view_seed
 
 
 class Views(NamedTuple):
@@ -24,6 +24,30 @@ class Views(NamedTuple):
     views: tuple[Tensor, ...]
     labels: Tensor
     index: Tensor  # type: ignore[assignment]  # a field, although every tuple has a method of that name
+
+
+class ViewBatch(Sequence[Views]):
+    """Samples that were made together: a sequence of them as any other, which :func:`collate_views` need not stack.
+
+    Args:
+        batch: the samples as a batch.
+    """
+
+    def __init__(self, batch: Views) -> None:
+        self.batch = batch
+
+    @overload
+    def __getitem__(self, place: int) -> Views: ...
+    @overload
+    def __getitem__(self, place: slice) -> ViewBatch: ...
+    def __getitem__(self, place: int | slice) -> Views | ViewBatch:
+        """One sample, or some of them."""
+        views, labels, index = self.batch
+        found = Views(tuple(view[place] for view in views), labels[place], index[place])
+        return ViewBatch(found) if isinstance(place, slice) else found
+
+    def __len__(self) -> int:
+        return len(self.batch.labels)
 
 
 class Images(Protocol):
@@ -65,13 +89,17 @@ class ImageArray:
 class ViewDataset(Dataset[Views]):
     """Random views of images, a pure function of (seed, epoch, row, view).
 
+    A loader gets all samples of a batch in one call, and images that are held in memory have their views made
+    together.
+
     Args:
         images: the images.
         transform: makes a view.
         rows: rows of ``images`` that take part, shape (M,); None for all.
         num_views: views an image.
         seed: run seed.
-        finish: applied to every view after the transform, for example a normalisation.
+        finish: applied to every view after the transform, for example a normalisation: to views (C, H, W) and to
+            several at once, (n, C, H, W), one as the other.
     """
 
     def __init__(
@@ -82,7 +110,7 @@ class ViewDataset(Dataset[Views]):
         rows: Tensor | None = None,
         num_views: int = 2,
         seed: int = 0,
-        finish: Callable[[Tensor], Tensor] | None = None,
+        finish: Finish | None = None,
     ) -> None:
         if num_views < 1:
             raise ValueError(f"num_views must be >= 1, got {num_views}.")
@@ -110,13 +138,32 @@ class ViewDataset(Dataset[Views]):
         """Views of one image."""
         row = int(self.rows[index])
         image = self.images[row]
-        views = [
-            self.transform(image, seed=view_seed(self.seed, self.epoch, index, view))
-            for view in range(self.num_views)
-        ]
+        if isinstance(self.transform, BatchTransform):
+            return self._together(image[None], self.rows[index].view(1), [index])[0]
+        views = [self.transform(image, seed=seed) for seed in self._seeds([index])]
         if self.finish is not None:
             views = [self.finish(view) for view in views]
         return Views(tuple(views), self.images.labels[row], torch.tensor(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Views]:
+        """Views of several images: what torch's loaders ask for in place of one after the other."""
+        if isinstance(self.images, ImageArray) and isinstance(self.transform, BatchTransform) and indices:
+            rows = self.rows[torch.tensor(indices)]
+            return self._together(self.images.images[rows], rows, indices)
+        return [self[index] for index in indices]
+
+    def _together(self, images: Tensor, rows: Tensor, indices: Sequence[int]) -> ViewBatch:
+        assert isinstance(self.transform, BatchTransform)
+        images = images.repeat(self.num_views, 1, 1, 1)
+        views = self.transform.batch(images, torch.tensor(self._seeds(indices)), self.finish)
+        return ViewBatch(Views(views.chunk(self.num_views), self.images.labels[rows], torch.tensor(indices)))
+
+    def _seeds(self, indices: Sequence[int]) -> list[int]:
+        """Seeds of all first views, then of all second ones, and so on."""
+        epoch = self.epoch
+        return [
+            view_seed(self.seed, epoch, index, view) for view in range(self.num_views) for index in indices
+        ]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,6 +200,8 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
 
 def collate_views(samples: Sequence[Views]) -> Views:
     """Stack samples to a batch."""
+    if isinstance(samples, ViewBatch):
+        return samples.batch
     views = tuple(torch.stack(view) for view in zip(*(sample.views for sample in samples), strict=True))
     return Views(
         views,
