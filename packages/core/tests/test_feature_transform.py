@@ -500,6 +500,8 @@ def test_recorder_sees_what_the_loss_sees(use):
     torch.testing.assert_close(found["positive_mean"][0], positive.mean() * T)
     torch.testing.assert_close(found["negative_mean"][0], negative.mean() * T)
     torch.testing.assert_close(found["negative_variance"][0], (negative * T).var(1).mean())
+    torch.testing.assert_close(found["positive_log_mean_exp"][0], positive.exp().mean().log())
+    torch.testing.assert_close(found["negative_log_mean_exp"][0], negative.exp().mean().log())
     module = FeatureTransform(CACRLoss(), **both())
     module.recorder = ScoreRecorder()
     module(q, k, z, generator=seeded(5))

@@ -143,6 +143,32 @@ def test_blocks_and_steps():
     assert all(values.is_contiguous() and values.device.type == "cpu" for values in found.values())
 
 
+def test_a_block_that_has_begun_may_go_on():
+    once, often, given = ScoreRecorder(every=3), ScoreRecorder(every=3), (rows(4), rows(4, seed=1))
+    handed_out = []
+    for step in (4, 5, 9, 10, 11):
+        once.steps = often.steps = step
+        once.update(*given)
+        often.update(*given)
+        handed_out.append(often.flush(keep_open=True))
+    assert [each["step"].tolist() for each in handed_out] == [[4], [4, 5], [4, 5, 9], [10], [10, 11]]
+    assert [each["block_end"].tolist() for each in handed_out] == [[5], [6], [10], [11], [12]]
+    wanted = once.flush()
+    assert wanted["step"].tolist() == [4, 5, 9, 10, 11] and wanted["block_end"].tolist() == [10, 12]
+    for name in ("negative_mean", "positive_histogram", "negative_histogram"):
+        assert torch.equal(torch.cat([handed_out[2][name], handed_out[4][name]]), wanted[name])
+
+
+def test_a_temperature_that_is_learnt():
+    given, learnt = (rows(4), rows(4, seed=1)), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    as_number, as_tensor = ScoreRecorder(), ScoreRecorder()
+    as_number.update(*given, temperature=0.2)
+    as_tensor.update(*given, temperature=learnt)
+    wanted = as_number.flush()
+    for name, values in as_tensor.flush().items():
+        assert torch.equal(values, wanted[name]) and not values.requires_grad
+
+
 @pytest.mark.parametrize("at", [0, 2, 3, 5])
 def test_goes_on_where_it_was(at):
     def run(recorder, steps):

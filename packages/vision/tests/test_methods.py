@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from cl_core import plugins
@@ -15,6 +16,7 @@ from cl_core.losses import (
     BarlowTwinsLoss,
     BYOLLoss,
     DCLLoss,
+    FeatureTransform,
     GatedPairLoss,
     InfoNCELoss,
     NegativeCosineSimilarityLoss,
@@ -24,7 +26,8 @@ from cl_core.losses import (
 )
 from cl_core.testing import method_checks
 from cl_core.testing.methods import CHECKS, BareTraining, Case
-from cl_core.training import LitMethod, Optimization
+from cl_core.training import LitMethod, Optimization, ScoreMonitor, read_scores
+from cl_core.transforms import NegativeInterpolation, PositiveExtrapolation
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import (
@@ -172,15 +175,12 @@ def test_battery(name, check):
         checks_of(name)[check]()
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_lightning_trains_as_a_bare_loop(name):
-    factory = TINY[name][0]
-    bare = BareTraining(
-        Case(factory, batches(), inputs=None, rows=0, lr=0.01, stored_loss=None), total_steps=2
-    )
-    bare.run(2)
+def under_lightning(factory, *callbacks, criterion=None):
+    """Two steps; ``criterion`` takes the place of the factory's."""
     torch.manual_seed(0)
-    adaptor = LitMethod(factory(), Optimization(lr=0.01, schedule="constant"))
+    method = factory()
+    method.criterion = criterion or method.criterion
+    adaptor = LitMethod(method, Optimization(lr=0.01, schedule="constant"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")  # its advice on workers and intervals
         trainer = pl.Trainer(
@@ -190,11 +190,81 @@ def test_lightning_trains_as_a_bare_loop(name):
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            callbacks=list(callbacks),
         )
         trainer.fit(
             adaptor, train_dataloaders=DataLoader(batches(), batch_size=None, generator=torch.Generator())
         )
+    return adaptor
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_lightning_trains_as_a_bare_loop(name):
+    factory = TINY[name][0]
+    bare = BareTraining(
+        Case(factory, batches(), inputs=None, rows=0, lr=0.01, stored_loss=None), total_steps=2
+    )
+    bare.run(2)
+    adaptor = under_lightning(factory)
     assert adaptor.steps_done == 2
     trained = adaptor.method.state_dict()
     for key, value in bare.method.state_dict().items():
         assert torch.equal(trained[key], value), key
+
+
+def scores_of(query, key, negatives=None):
+    """Mean and variance of the positive and negative scores, from the whole matrix."""
+    query, key = functional.normalize(query, dim=1), functional.normalize(key, dim=1)
+    positive = (query * key).sum(1)
+    if negatives is None:
+        negative = (query @ key.T)[~torch.eye(len(query), dtype=torch.bool)].view(len(query), -1)
+    else:
+        negative = query @ functional.normalize(negatives, dim=1).T
+    return [positive.mean(), positive.var(correction=0), negative.mean(), negative.var(1).mean()]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_scores_are_recorded_in_every_host_that_compares_pairs(name, tmp_path):
+    factory, calls = TINY[name][0], []
+    criterion = factory().criterion
+    monitor = ScoreMonitor(tmp_path, rows=None)
+    if name in ("SupCon", "SwAV"):
+        with pytest.raises(ValueError, match=rf"compares views.* got {name}Loss in {name}"):
+            under_lightning(factory, monitor)
+        return
+    criterion.register_forward_pre_hook(lambda _, given: calls.append([z.detach().clone() for z in given]))
+    under_lightning(factory, monitor, criterion=criterion)
+    found = read_scores(tmp_path / "scores.safetensors")
+    first = calls[:: len(calls) // 2]  # of the calls of each step
+    wanted = torch.tensor([scores_of(*given) for given in first], dtype=torch.float64)
+    for place, curve in enumerate(
+        ("positive_mean", "positive_variance", "negative_mean", "negative_variance")
+    ):
+        torch.testing.assert_close(found[curve], wanted[:, place], rtol=1e-4, atol=1e-6)
+    rows, columns = len(first[0][0]), len(first[0][-1])
+    pairs = rows * columns if len(first[0]) == 3 else rows * (rows - 1)
+    assert found["block_end"].tolist() == [2]
+    assert found["positive_histogram"].sum() == 2 * rows and found["negative_histogram"].sum() == 2 * pairs
+
+
+def test_scores_of_transformed_features(tmp_path):
+    """What the transformation is for: positives farther apart, negatives less varied."""
+    found = []
+    for positive, negative in (
+        (PositiveExtrapolation(), None),
+        (None, NegativeInterpolation()),
+        (None, None),
+    ):
+        loss = InfoNCELoss(0.2)
+        if positive or negative:
+            loss = FeatureTransform(loss, positive=positive, negative=negative)
+        folder = tmp_path / str(len(found))
+        under_lightning(moco, ScoreMonitor(folder), criterion=loss)
+        found.append(read_scores(folder / "scores.safetensors"))
+    extrapolated, interpolated, plain = found
+    first = [{name: float(values[0]) for name, values in each.items() if values.ndim == 1} for each in found]
+    assert first[0]["positive_mean"] < first[2]["positive_mean"] == first[1]["positive_mean"]
+    assert first[1]["negative_variance"] < 0.8 * first[2]["negative_variance"]
+    assert all(
+        not each["negative_log_mean_exp"].isnan().any() for each in (extrapolated, interpolated, plain)
+    )

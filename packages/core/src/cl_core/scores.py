@@ -12,7 +12,8 @@ fast, a temperature or a head that does not suit, of any host and loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ _TILE = (64, 4096)  # queries and negatives at a time: their scores fit the cach
 _MOST_BINS = 255  # a bin and "not counted" are numbers of 8 bits
 
 
+class _Block(NamedTuple):
+    """Steps (S,) that share histograms (2, bins), and the numbers (S, 6) of each; on the host."""
+
+    steps: Tensor
+    curves: Tensor
+    counts: Tensor
+
+
 class ScoreRecorder:
     """Mean and variance of the positive and negative scores of every step, and histograms of every few.
 
@@ -47,6 +56,9 @@ class ScoreRecorder:
             reach down to -9.
         rows: queries, evenly spaced, whose negatives are looked at in each step; None for all. Positives are all looked
             at.
+
+    Attributes:
+        steps: the number of the next step, counted from 0; set it where not every step is recorded.
 
     Reference: Zhu et al., "Improving Contrastive Learning by Visualizing Feature Transformation", ICCV 2021,
     arXiv 2108.02982. The authors' code writes five numbers of each query and step, rounded to half precision.
@@ -75,7 +87,8 @@ class ScoreRecorder:
         self.steps = 0
         self._curves: Tensor
         self._counts: Tensor
-        self._blocks: list[tuple[Tensor, Tensor]] = []  # numbers and histograms of past blocks, on the host
+        self._numbers: list[int] = []  # of the steps of the block that has begun
+        self._blocks: list[_Block] = []
         self._begin(torch.device("cpu"))
 
     def update(
@@ -84,7 +97,7 @@ class ScoreRecorder:
         key: Tensor,
         negatives: Tensor | None = None,
         *,
-        temperature: float | None = None,
+        temperature: float | Tensor | None = None,
         normalize: bool = True,
     ) -> None:
         """Take in the scores of one step, called as a loss is.
@@ -93,7 +106,7 @@ class ScoreRecorder:
             query: shape (N, D).
             key: shape (N, D); row i is the positive of row i of query.
             negatives: a queue of shape (K, D); None takes the keys of the other rows for negatives.
-            temperature: T > 0, for the means of exp(score / T); None leaves them out.
+            temperature: T > 0, a number or a 0-d tensor, for the means of exp(score / T); None leaves them out.
             normalize: scale rows to unit length first, so that scores are cosines.
 
         Raises:
@@ -116,26 +129,30 @@ class ScoreRecorder:
                 negatives = similarity.scaled_rows(negatives, normalize=normalize, dtype=query.dtype)
             self._record(query, key, negatives, temperature)
 
-    def flush(self) -> dict[str, Tensor]:
+    def flush(self, *, keep_open: bool = False) -> dict[str, Tensor]:
         """Hand out what was recorded since the last flush, and forget it.
 
+        Args:
+            keep_open: go on with the block that has begun, which the next flush hands out again, longer; else the next
+                step begins another.
+
         Returns:
-            Contiguous tensors on the host: for S steps "step" (S,), counted from 0, and of each the mean of the
-            positive scores over the queries, "positive_mean", and their variance, "positive_variance" (divided by N);
-            of the negative scores the mean, "negative_mean", and the variance among those of a query (divided by K - 1)
+            Contiguous tensors on the host: for S steps their numbers "step" (S,), and of each the mean of the positive
+            scores over the queries, "positive_mean", and their variance, "positive_variance" (divided by N); of the
+            negative scores the mean, "negative_mean", and the variance among those of a query (divided by K - 1)
             averaged over the queries, "negative_variance"; "positive_log_mean_exp" and "negative_log_mean_exp",
             logarithms of the means of exp(score / T), NaN without a temperature. float64 of shape (S,). For B blocks
-            of ``every`` steps, the last perhaps shorter, "block_end" (B,), the step after a block's last,
-            "positive_histogram" and "negative_histogram" (B, bins), numbers of pairs; "edges" (bins + 1,).
+            of ``every`` steps, the last perhaps shorter, "block_end" (B,), the number after that of a block's last
+            step, "positive_histogram" and "negative_histogram" (B, bins), numbers of pairs; "edges" (bins + 1,).
         """
-        self._end_block()
-        curves, counts, lengths = self._all(self._blocks)
+        steps, curves, counts, lengths = self._all([*self._blocks, *self._open_block()])
         self._blocks = []
-        start = self.steps - len(curves)
+        if not keep_open:
+            self._begin(self._curves.device)
         return {
-            "step": torch.arange(start, self.steps),
+            "step": steps,
             **{name: curves[:, place].contiguous() for place, name in enumerate(CURVES)},
-            "block_end": start + lengths.cumsum(0),
+            "block_end": steps[lengths.cumsum(0) - 1] + 1,
             "positive_histogram": counts[:, 0].contiguous(),
             "negative_histogram": counts[:, 1].contiguous(),
             "edges": torch.linspace(*self.limits, self.bins + 1, dtype=torch.float64),
@@ -143,14 +160,15 @@ class ScoreRecorder:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that an exact resume needs, as tensors on the host."""
-        curves, counts, lengths = self._all([*self._blocks, *self._open_block()])
+        steps, curves, counts, lengths = self._all([*self._blocks, *self._open_block()])
         return {
             "steps": torch.tensor(self.steps),
             "limits": torch.tensor(self.limits, dtype=torch.float64),
+            "step": steps,
             "curves": curves,
             "counts": counts,
             "lengths": lengths,
-            "open": torch.tensor(self._filled),
+            "open": torch.tensor(len(self._numbers)),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -169,16 +187,20 @@ class ScoreRecorder:
                 f"state must be of blocks of at most {self.every} steps, {self.bins} bins and limits {self.limits}, "
                 f"got {longest}, {counts.shape[2]} and {limits}."
             )
-        self.steps, filled = int(state["steps"]), int(state["open"])
-        parts = state["curves"].split(state["lengths"].tolist())
-        self._blocks = [(part.clone(), count.clone()) for part, count in zip(parts, counts, strict=True)]
+        self.steps, filled, lengths = int(state["steps"]), int(state["open"]), state["lengths"].tolist()
+        parts = state["step"].split(lengths), state["curves"].split(lengths), counts
+        self._blocks = [_Block(*(part.clone() for part in block)) for block in zip(*parts, strict=True)]
         self._begin(torch.device("cpu"))
         if filled:
-            curves, self._counts = self._blocks.pop()
-            self._curves[:filled], self._filled = curves, filled
+            steps, curves, self._counts = self._blocks.pop()
+            self._curves[:filled], self._numbers = curves, steps.tolist()
 
     def _record(
-        self, query: Tensor, key: Tensor, negatives: Tensor | None, temperature: float | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None,
+        temperature: float | Tensor | None = None,
     ) -> None:
         """Take in the scores of rows as they are, without a check; there may be none."""
         positives = similarity.row_products(query, key)
@@ -194,7 +216,7 @@ class ScoreRecorder:
         anchors: Tensor,
         columns: Tensor,
         keys: tuple[Tensor, Tensor] | None = None,
-        temperature: float | None = None,
+        temperature: float | Tensor | None = None,
     ) -> None:
         """Take in scores (N,) of positives, and of anchors (N, D) with columns (K, D) save where keys are equal."""
         with _rows.measuring(anchors.device):
@@ -210,21 +232,28 @@ class ScoreRecorder:
             means, variances, log_sums, numbers = (torch.cat(part) for part in zip(*parts, strict=True))
             self._counts[0] += self._counted(positives)
             mean = positives.mean()
+            logits = positives / (math.nan if temperature is None else temperature)
             numbers_of_step = [
                 mean,
                 (positives - mean).square().mean(),
                 means.mean(),
                 variances.mean(),
-                (positives / (temperature or math.nan)).logsumexp(0) - math.log(max(1, len(positives))),
+                logits.logsumexp(0) - math.log(max(1, len(positives))),
                 log_sums.logsumexp(0) - numbers.sum().log(),
             ]
-            self._curves[self._filled] = torch.stack(numbers_of_step)
-        self.steps, self._filled = self.steps + 1, self._filled + 1
-        if self._filled == self.every:
-            self._end_block()
+            self._curves[len(self._numbers)] = torch.stack(numbers_of_step)
+        self._numbers.append(self.steps)
+        self.steps += 1
+        if len(self._numbers) == self.every:
+            self._blocks += self._open_block()
+            self._begin(self._curves.device)
 
     def _of_negatives(
-        self, anchors: Tensor, columns: Tensor, keys: tuple[Tensor, Tensor] | None, temperature: float | None
+        self,
+        anchors: Tensor,
+        columns: Tensor,
+        keys: tuple[Tensor, Tensor] | None,
+        temperature: float | Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean, variance, log-sum-exp and number of the scores of some anchors, shape (N,) each; counts them, too."""
         mean, spread, number = anchors.new_zeros(3, len(anchors)).unbind()
@@ -273,25 +302,31 @@ class ScoreRecorder:
 
     def _begin(self, device: torch.device) -> None:
         """Begin a block."""
-        self._filled = 0
+        self._numbers = []
         self._curves = torch.zeros(
             self.every, len(CURVES), dtype=_rows.accumulation_dtype(device), device=device
         )
         self._counts = torch.zeros(2, self.bins, dtype=torch.int64, device=device)
 
-    def _open_block(self) -> list[tuple[Tensor, Tensor]]:
-        """The block that has begun, if it has, on the host."""
-        if not self._filled:
+    def _open_block(self) -> list[_Block]:
+        """The block that has begun, if it has."""
+        filled = len(self._numbers)
+        if not filled:
             return []
-        return [(self._curves[: self._filled].cpu().clone(), self._counts.cpu().clone())]
+        curves, counts = self._curves[:filled].cpu().clone(), self._counts.cpu().clone()
+        return [_Block(torch.tensor(self._numbers), curves, counts)]
 
-    def _end_block(self) -> None:
-        self._blocks += self._open_block()
-        self._begin(self._curves.device)
+    def _all(self, blocks: Sequence[_Block]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Steps (S,), their numbers (S, 6) and histograms (B, 2, bins) of blocks, and how many steps each has."""
+        steps = [torch.zeros(0, dtype=torch.int64), *(block.steps for block in blocks)]
+        curves = [torch.zeros(0, len(CURVES), dtype=torch.float64), *(block.curves for block in blocks)]
+        counts = [torch.zeros(0, 2, self.bins, dtype=torch.int64), *(block.counts[None] for block in blocks)]
+        lengths = torch.tensor([len(block.steps) for block in blocks], dtype=torch.int64)
+        return torch.cat(steps), torch.cat(curves), torch.cat(counts), lengths
 
-    def _all(self, blocks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers (S, 6) and histograms (B, 2, bins) of blocks, and the steps in each."""
-        curves = [torch.zeros(0, len(CURVES), dtype=torch.float64), *(curves for curves, _ in blocks)]
-        counts = [torch.zeros(0, 2, self.bins, dtype=torch.int64), *(counts[None] for _, counts in blocks)]
-        lengths = torch.tensor([len(part) for part in curves[1:]], dtype=torch.int64)
-        return torch.cat(curves), torch.cat(counts), lengths
+
+def _temperature_of(loss: object) -> float | Tensor | None:
+    """The temperature of a loss, None unless it has one that is a single number."""
+    value = getattr(loss, "temperature", None)
+    single = value.ndim == 0 if isinstance(value, Tensor) else isinstance(value, int | float)
+    return value if single else None

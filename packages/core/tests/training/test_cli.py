@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -653,6 +654,28 @@ def test_compare_hands_its_figure_what_it_found(tiny, domain, capsys):
     ((only,),) = seen
     assert (only.label, only.seeds, only.accuracies["knn"]) == ("TinyEncoder, TinyData", (0,), (0.5,))
     assert only.curves == (([5, 10], [0.25, 0.5]),)
+
+
+def test_labels_say_what_tells_runs_apart(tmp_path):
+    from cl_core.training.comparing import labels_of
+    from cl_core.training.run import RunFolder
+
+    numbers = itertools.count()
+
+    def runs(*settings):
+        return [RunFolder(run_of(tmp_path / str(next(numbers)), **each)) for each in settings]
+
+    assert labels_of(runs({})) == ["TinyEncoder, TinyData"]
+    assert labels_of(runs({}, {"seed": 1})) == ["seed 0", "seed 1"]
+    assert labels_of(runs({}, {"width": 4}, {"width": 4, "seed": 1})) == [
+        "width 8",
+        "width 4, seed 0",
+        "width 4, seed 1",
+    ]
+    twice = runs({"seed": 3}, {"seed": 3}, {"seed": 4})
+    assert labels_of(twice) == [*(f"seed 3, {run.path}" for run in twice[:2]), "seed 4"]
+    with pytest.raises(ValueError, match="every run must be given once"):
+        labels_of([*twice, RunFolder(tmp_path / "." / twice[0].path.name)])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from cl_core.training import cli
 from cl_core.training.checkpoints import Terminated
 from cl_core.training.evaluating import Evaluation
 from cl_core.training.fitting import fit
-from cl_core.training.settings import TrainerOptions, brief, settings_of
+from cl_core.training.scoring import read_scores
+from cl_core.training.settings import TrainerOptions, brief, setting, settings_of
 
 CONFIG = """
 model:
@@ -260,6 +261,25 @@ def test_settings_say_what_data_of_any_kind_was(tiny):
     assert stored([], scale=float("nan"))["held"] == stored([], scale=float("nan"))["held"]
 
 
+def test_a_setting_goes_by_its_name_on_the_command_line(tiny):
+    method, options = tiny.method(temperature=0.3), TrainerOptions(devices=[0, 1])
+    settings = settings_of(method, tiny.TinyData(), {"trainer": options}, processes=2, seed=5)
+    for name, value in {
+        "seed": 5,
+        "global_batch_size": 16,
+        "model": "TinyMethod",
+        "model.loss": "TinyLoss",
+        "model.loss.temperature": 0.3,
+        "data.size": 44,
+        "trainer.devices": [0, 1],
+        "trainer.gradient_clip_val": None,
+    }.items():
+        assert setting(settings, name) == value, name
+    for name in ("model.loss.temprature", "trainer", "model.init_args"):
+        with pytest.raises(ValueError, match=f"no setting '{name}'"):
+            setting(settings, name)
+
+
 @pytest.fixture
 def listing(tiny, monkeypatch):
     """Data whose arguments are a long list and a table."""
@@ -371,7 +391,7 @@ spec.loader.exec_module(tiny)
 from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.evaluating import Evaluation
 from cl_core.training.fitting import fit
-from cl_core.training.settings import TrainerOptions
+from cl_core.training.settings import Monitoring, TrainerOptions
 
 number, at, processes, batch_size = (int(word) for word in sys.argv[4:8])
 
@@ -388,6 +408,7 @@ fit(
     tiny.TinyData(batch_size=batch_size),
     trainer=TrainerOptions(max_epochs=3, accelerator="cpu", progress_bar=False, **options),
     checkpoint=Checkpointing(every_steps=2),
+    monitor=Monitoring(scores=True, scores_every=4),
     evaluation=Evaluation(neighbours=(5,), regularizations=(0.01,)),
     **{sys.argv[2]: sys.argv[3]},
 )
@@ -448,6 +469,10 @@ def test_two_processes_resume_exactly_and_a_run_moves_to_two(tiny, python):
     done = child("resume", "cut", processes=2, batch_size=4)
     assert done.returncode == 0, done.stderr
     assert_same_results("whole", "cut")
+    assert Path("whole/scores.safetensors").read_bytes() == Path("cut/scores.safetensors").read_bytes()
+    scores = read_scores("whole/scores.safetensors")
+    assert scores["step"].tolist() == [*range(15)]
+    assert scores["positive_histogram"].sum() == 4 * 15  # the first process's rows
 
     done = child("run_dir", "moved", number=signal.SIGKILL, at=8, processes=1, batch_size=8)
     assert done.returncode == -signal.SIGKILL, done.stderr

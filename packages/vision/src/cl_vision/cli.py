@@ -39,6 +39,10 @@ DOMAIN = cli.Domain(
             "write the encoder for other programs, as ONNX or torch.export",
             "cl_vision.exporting:export_command",
         ),
+        "scores": (
+            "draw the scores that runs recorded: curves, histograms, a waterfall over a setting",
+            "cl_vision.scoring:scores_command",
+        ),
     },
 )
 

@@ -17,7 +17,7 @@ from cl_core.losses._common import PairTerms, check_rows, inverse, reduce_pairs
 from cl_core.losses.decoupled import DCLLoss, DCLWLoss, hardness
 from cl_core.losses.info_nce import InfoNCELoss
 from cl_core.losses.nt_xent import NTXentLoss
-from cl_core.scores import ScoreRecorder
+from cl_core.scores import ScoreRecorder, _temperature_of
 from cl_core.transforms import NegativeInterpolation, PositiveExtrapolation
 
 NegativesUse: TypeAlias = Literal["transformed", "original"]
@@ -226,7 +226,7 @@ class FeatureTransform(QueryKeyLoss):
                 f"the batch's own rows only {_names()} can be transformed."
             )
         if self.recorder is not None:
-            self.recorder._record(*pair, memory)
+            self.recorder._record(*pair, memory, _temperature_of(self.loss))
         return self._loss_of(*pair, memory, normalize=False)
 
     def extra_repr(self) -> str:
@@ -272,7 +272,8 @@ class FeatureTransform(QueryKeyLoss):
                 compared.append(_Compared(anchor, columns, keys, len(views)))
         if self.recorder is not None:
             first = compared[0]
-            self.recorder._observe(positives, first.anchors, first.columns, first.keys())
+            scores = (positives, first.anchors, first.columns, first.keys())
+            self.recorder._observe(*scores, _temperature_of(loss))
         scale = inverse(loss.temperature)
         log_negatives = [side.log_sum_exp(scale, split, loss.impl) for side in compared]
         if memory is not None and len(log_negatives) == 2:  # queue and batch, of the same anchors

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cl_core.training.fitting import Drawing, FitResult, fit
     from cl_core.training.optimization import Optimization
     from cl_core.training.run import RunFolder
+    from cl_core.training.scoring import ScoreMonitor, read_scores
     from cl_core.training.settings import Monitoring, TrainerOptions
 
 _HOME = {
@@ -33,12 +34,14 @@ _HOME = {
     "MovingAverage": "callbacks",
     "Optimization": "optimization",
     "RunFolder": "run",
+    "ScoreMonitor": "scoring",
     "TrainerOptions": "settings",
     "embed_split": "evaluating",
     "evaluate": "evaluating",
     "export_method": "artifacts",
     "fit": "fitting",
     "load_export": "artifacts",
+    "read_scores": "scoring",
 }
 __all__ = [
     "Checkpointing",
@@ -53,12 +56,14 @@ __all__ = [
     "MovingAverage",
     "Optimization",
     "RunFolder",
+    "ScoreMonitor",
     "TrainerOptions",
     "embed_split",
     "evaluate",
     "export_method",
     "fit",
     "load_export",
+    "read_scores",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from cl_core import diagnostics
 from cl_core.losses._base import ContrastiveLoss, LabelledLoss, PredictionLoss, TwoViewLoss
 from cl_core.momentum import ExponentialMovingAverage
+from cl_core.scores import _temperature_of
 from cl_core.training.data import Data
 from cl_core.training.evaluating import Evaluation, embed_split, labelled, neighbour_accuracies
 from cl_core.training.files import write_atomically
@@ -141,20 +142,18 @@ class Diagnostics(pl.Callback):
         # Now, as a queue has taken in these keys when the epoch ends.
         self._measures = module.measures(*inputs, **options)  # type: ignore[operator]
         self._advice = module.advice(self._measures) if self._measures else None  # type: ignore[operator]
-        pair = (
-            _first_pair(inputs) if isinstance(module, TwoViewLoss | LabelledLoss | PredictionLoss) else None
-        )
+        known = isinstance(module, TwoViewLoss | LabelledLoss | PredictionLoss)
+        pair = first_pair(inputs) if known else None
         if pair is None:
             return
         first, second = (value.detach() for value in pair)
         self._seen = (first.float(), second.float() if second.is_floating_point() else second)
         self._factor = None
-        temperature = getattr(module, "temperature", None)
+        temperature = _temperature_of(module)
         if second.is_floating_point() and temperature is not None:
-            queue = inputs[2] if len(inputs) > 2 else None
-            self._factor = diagnostics.npc_factor(
-                first, second, negatives=queue, temperature=float(temperature)
-            )
+            temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
+            queue = queue_among(inputs, options)
+            self._factor = diagnostics.npc_factor(first, second, negatives=queue, temperature=temperature)
 
     def _store(self, step: int, first: Tensor, second: Tensor) -> None:
         for kind, values in sampled_similarities(first, second, self.samples).items():
@@ -162,13 +161,19 @@ class Diagnostics(pl.Callback):
         write_atomically(self.path, lambda temporary: save_file(self._stored, temporary))
 
 
-def _first_pair(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+def first_pair(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
     """Two views, or rows and labels, among what a criterion was called with; of several views the first two."""
-    first, second = (*inputs, None)[:2]
+    first, second = (*inputs, None, None)[:2]
     if isinstance(first, list | tuple):
         others = first if second is None else second
         first, second = first[0], others[1] if isinstance(others, list | tuple) else others
     return (first, second) if isinstance(first, Tensor) and isinstance(second, Tensor) else None
+
+
+def queue_among(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+    """The queue of negatives among what a criterion was called with, if there is one."""
+    queue: Tensor | None = options.get("negatives", options.get("queue"))
+    return inputs[2] if len(inputs) > 2 else queue
 
 
 class MovingAverage(pl.Callback):

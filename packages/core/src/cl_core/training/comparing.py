@@ -90,9 +90,7 @@ def compare(places: Sequence[str | Path]) -> list[Compared]:
         ValueError: in one sentence, if nothing was given, a run is not finished or has no accuracies, or two are the
             same.
     """
-    runs = [run for place in places for run in _runs_in(Path(place))]
-    if not runs:
-        raise ValueError("compare needs at least one run folder, got none.")
+    runs = runs_in(places, what="compare")
     groups: list[tuple[dict[str, Any], list[tuple[int, RunFolder, dict[str, Any]]]]] = []
     for run in runs:
         metrics = run.read_metrics()
@@ -141,6 +139,43 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     reach = float(stats.t.ppf((1 + _LEVEL) / 2, len(values) - 1))
     reach *= statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values) - reach, statistics.fmean(values) + reach
+
+
+def runs_in(places: Sequence[str | Path], *, what: str) -> list[RunFolder]:
+    """Run folders, and those inside of folders that hold some.
+
+    Args:
+        places: where to look.
+        what: the command, for the message if nothing was given.
+
+    Raises:
+        FileNotFoundError: if a place holds no run.
+        ValueError: if nothing was given.
+    """
+    runs = [run for place in places for run in _runs_in(Path(place))]
+    if not runs:
+        raise ValueError(f"{what} needs at least one run folder, got none.")
+    return runs
+
+
+def labels_of(runs: Sequence[RunFolder]) -> list[str]:
+    """What tells each run from the others, in a few words: settings, then seeds, then folders.
+
+    Raises:
+        ValueError: in one sentence, if a run is given twice or does not say its settings.
+    """
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise ValueError(f"every run must be given once, got {', '.join(str(run.path) for run in runs)}.")
+    settings = [run.read_settings() for run in runs]
+    labels = _labels([_without_beside("", each) for each in settings])
+    for more in ([f"seed {each['seed']}" for each in settings], [str(run.path) for run in runs]):
+        if len(set(labels)) < len(labels):
+            several = {label for label in labels if labels.count(label) > 1}
+            labels = [
+                ", ".join(filter(None, (label, word))) if label in several else label
+                for label, word in zip(labels, more, strict=True)
+            ]
+    return labels
 
 
 def _runs_in(place: Path) -> list[RunFolder]:

@@ -45,6 +45,7 @@ from cl_core.training.files import sentence
 from cl_core.training.optimization import Optimization
 from cl_core.training.recording import MetricsTable, ProgressBar, Recorder
 from cl_core.training.run import RunFolder
+from cl_core.training.scoring import ScoreMonitor, check_scored
 from cl_core.training.settings import (
     DRAWN,
     GIVEN,
@@ -232,6 +233,8 @@ def fit(
     )
     # What cannot be used is refused now: before there is a folder, and not after the training.
     data.set_seed(seed)
+    if task.monitor.scores:
+        check_scored(method)
     with _one_sentence():
         lit = task.adaptor()
     with _one_sentence(task.trainer.named()):
@@ -417,6 +420,8 @@ def _train(lit: LitMethod, run: RunFolder, task: _Task) -> MetricsTable:
         callbacks.append(KNNMonitor(task.data, evaluation=task.judged, every_epochs=every, rows=rows))
     if monitor.diagnostics_every_epochs is not None:
         callbacks.append(Diagnostics(run.path, every_epochs=monitor.diagnostics_every_epochs))
+    if monitor.scores:
+        callbacks.append(ScoreMonitor(run.path, every=monitor.scores_every, rows=monitor.scores_rows))
     if monitor.moving_average is not None:
         callbacks.append(MovingAverage(monitor.moving_average))
     callbacks += [ProgressBar()] * options.progress_bar + [Recorder(table), saver]

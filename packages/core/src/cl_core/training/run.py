@@ -40,8 +40,8 @@ class RunFolder:
     """One folder a run.
 
     ``config.yaml`` (what was asked, resolved), ``settings.json`` (what was built of it), ``versions.json``,
-    ``metrics.csv`` (a row an epoch), ``metrics.json`` (final), ``similarities.safetensors``, ``checkpoints/``,
-    ``export/``, ``figures/``.
+    ``metrics.csv`` (a row an epoch), ``metrics.json`` (final), ``similarities.safetensors``, ``scores.safetensors``
+    (where they are recorded), ``checkpoints/``, ``export/``, ``figures/``.
 
     Args:
         path: an existing folder of a run; :meth:`create` makes one.
@@ -53,6 +53,7 @@ class RunFolder:
         self.settings = self.path / "settings.json"
         self.metrics_table = self.path / "metrics.csv"
         self.metrics = self.path / "metrics.json"
+        self.scores = self.path / "scores.safetensors"
         self.checkpoints = self.path / "checkpoints"
         self.last_checkpoint = self.checkpoints / LAST
         self.export = self.path / "export"

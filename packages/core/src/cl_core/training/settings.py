@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from cl_core import _checks
+from cl_core import _checks, plugins
 from cl_core.method import Method
 from cl_core.training.artifacts import as_config, describe
 from cl_core.training.data import Data
@@ -33,6 +33,7 @@ _MAY_CHANGE = {
     *(f"trainer.{name}" for name in ("max_epochs", "max_steps", "accelerator", "devices", "strategy")),
     *(f"trainer.{name}" for name in ("tensorboard", "progress_bar")),
     *(f"monitor.{name}" for name in ("knn_every_epochs", "knn_rows", "diagnostics_every_epochs")),
+    *(f"monitor.{name}" for name in ("scores", "scores_rows")),
     *(f"checkpoint.{name}" for name in ("every_steps", "every_epochs", "keep_every_epochs")),
     *(f"data.{name}" for name in ("num_workers", "root", "download")),
     "evaluation.batch_size",
@@ -103,18 +104,27 @@ class Monitoring:
         knn_rows: at most so many rows of each split take part.
         diagnostics_every_epochs: epochs between measurements of the embeddings' health; None for never.
         moving_average: decay of a moving average of the weights that becomes the result; None for none.
+        scores: record the scores of positives and negatives of every step in ``scores.safetensors``, for losses of
+            pairs of rows; see :class:`~cl_core.training.scoring.ScoreMonitor`.
+        scores_every: steps that share a histogram of scores.
+        scores_rows: queries whose negatives are looked at in each step; None for all, which costs as much as the loss.
     """
 
     knn_every_epochs: int | None = 5
     knn_rows: int = 10000
     diagnostics_every_epochs: int | None = 1
     moving_average: float | None = None
+    scores: bool = False
+    scores_every: int = 100
+    scores_rows: int | None = 32
 
     def __post_init__(self) -> None:
-        for name in ("knn_every_epochs", "diagnostics_every_epochs"):
+        for name in ("knn_every_epochs", "diagnostics_every_epochs", "scores_rows"):
             if getattr(self, name) is not None:
                 _checks.count(name, getattr(self, name))
-        _checks.count("knn_rows", self.knn_rows)
+        for name in ("knn_rows", "scores_every"):
+            _checks.count(name, getattr(self, name))
+        _checks.flag("scores", self.scores)
         if self.moving_average is not None and not 0 < self.moving_average < 1:
             raise ValueError(f"moving_average must be in (0, 1), got {self.moving_average}.")
 
@@ -207,6 +217,22 @@ def changes(began: Mapping[str, Any], now: Mapping[str, Any], *, run: object) ->
     return found
 
 
+def setting(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting by the dotted name that it has on the command line, such as ``model.loss.temperature``.
+
+    Args:
+        settings: of a run, as ``settings.json`` holds them.
+        name: what to look up; of an object, the name of its class.
+
+    Raises:
+        ValueError: if there is none of this name, with the nearest ones.
+    """
+    known = dict(_named("", settings))
+    if name not in known:
+        raise ValueError(plugins.unknown("setting", name, known))
+    return known[name]
+
+
 def with_changes(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
     """Settings or a configuration with what :func:`changes` found, where they name it."""
     updated: dict[str, Any] = _updated("", settings, changed)
@@ -224,6 +250,18 @@ def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any,
             yield from _differences(inner, one, other)
         elif one != other or (inner in _KIND_COUNTS and type(one) is not type(other)):
             yield inner, one, other
+
+
+def _named(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Settings by their dotted names."""
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    if _is_object(value):
+        yield path, str(value["class_path"]).rpartition(".")[2]
+    for name, entry in value.items():
+        if name != "class_path":
+            yield from _named(_joined(path, name), entry)
 
 
 def _is_object(value: Any) -> bool:
