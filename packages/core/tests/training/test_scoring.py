@@ -70,7 +70,8 @@ def hosted(tiny, monkeypatch):
             def loss(self, batch):
                 return call(self, [self.encoder(view) for view in (*batch, batch[0] + 0.1)])
 
-        Hosted.__module__, Hosted.__qualname__ = "tiny", "Hosted"
+        Hosted.__qualname__ = "Hosted"
+        monkeypatch.setattr(Hosted, "__module__", "tiny")
         monkeypatch.setattr(tiny, "Hosted", Hosted, raising=False)
         torch.manual_seed(0)
         method = Hosted(tiny.TinyEncoder(), loss)
