@@ -30,7 +30,7 @@ class ScoreMonitor(pl.Callback):
     ``criterion``: a loss of two views, of queries and keys with a queue or without, or of predictions. Without a queue,
     the negatives of a query are the keys, or targets, of the other rows, also for losses that have no negatives. Of a
     :class:`~cl_core.losses.FeatureTransform` they are those of the transformed rows, as it compares them. Losses of
-    labelled rows, of one view and of scores over prototypes have no such pairs and are refused.
+    labelled rows, of class pairs, of one view and of scores over prototypes have no such pairs and are refused.
 
     Of several views the first two count; of several calls in a step (both directions, accumulated batches) the first;
     of several processes the rows of the first.
