@@ -62,7 +62,9 @@ def test_views_depend_on_seed_epoch_row_and_view_only(images):
     assert same_views(first, data[5])
 
 
-def test_samples_made_together_are_those_made_alone(images):
+@pytest.mark.parametrize("one_call", [0, 10**9])
+def test_samples_made_together_are_those_made_alone(images, one_call, monkeypatch):
+    monkeypatch.setattr("cl_vision.data.views._ONE_CALL", one_call)
     rows = torch.tensor([7, 2, 9, 0, 11])
     shift = torch.tensor([0.5, 0.25, 0.0])[:, None, None]
     data = ViewDataset(

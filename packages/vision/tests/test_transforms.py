@@ -165,6 +165,11 @@ def test_numbers_are_splitmix64():
     assert drawn.tolist() == [[(word >> 11) * 2.0**-53 for word in known]]
 
 
+def test_seeds_a_step_of_the_counter_apart_share_no_numbers():
+    seeds = np.array([7, 7 + 0x9E3779B97F4A7C15], np.uint64)
+    assert not set.intersection(*map(set, _pixels.uniforms(seeds, 40).tolist()))
+
+
 def test_numbers_are_uniform_and_unrelated():
     drawn = _pixels.uniforms(np.arange(4000, dtype=np.uint64), 40)
     assert drawn.min() >= 0 and drawn.max() < 1

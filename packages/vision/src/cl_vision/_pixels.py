@@ -344,10 +344,12 @@ def affine(images: Tensor, maps: Tensor) -> Tensor:
     height, width = images.shape[2:]
     images = images.float() * (1 / 255) if images.dtype == torch.uint8 else images.float()
     x = torch.arange(width, device=images.device) + (1 - width) / 2
-    y = torch.arange(height, device=images.device) + (1 - height) / 2
-    maps = maps / torch.tensor([width / 2, height / 2], device=images.device)[:, None]
-    xs, ys, shifts = (maps[:, None, None, :, place] for place in range(3))
-    grid = x[:, None] * xs + (y[:, None, None] * ys + shifts)
+    y = torch.arange(height, device=images.device)[:, None] + (1 - height) / 2
+    places = []
+    for row, side in zip(maps.unbind(1), (width, height), strict=True):
+        by_x, by_y, shift = (row * (2 / side))[:, :, None, None].unbind(1)
+        places.append(x * by_x + (y * by_y + shift))
+    grid = torch.stack(places, 3)
     framed = torch.cat([images, torch.ones_like(images[:, :1])], 1)
     mapped = F.grid_sample(framed, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     # As torchvision has it: the edge, which fades to black over a pixel, is once more weighted by how far it is in.

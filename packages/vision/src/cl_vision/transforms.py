@@ -124,7 +124,7 @@ class BatchTransform(ViewTransform, ABC):
         Args:
             images: shape (N, C, H, W), uint8 in [0, 255] or floating point in [0, 1].
             seeds: shape (N,), int64, from :func:`view_seed`; every row has the view of its own image and seed.
-            finish: applied to the views, some at a time, (n, C, size, size) to the same shape.
+            finish: applied to the views, some at a time: (n, C, size, size) to (n, ...).
 
         Returns:
             The views, float32 (N, C, size, size) in [0, 1] up to rounding.

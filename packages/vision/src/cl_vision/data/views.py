@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 
 from cl_vision.transforms import BatchTransform, Finish, ViewTransform, view_seed
 
+_ONE_CALL = 2**22  # numbers of all views of a batch
+
 
 class Views(NamedTuple):
     """Random views of a batch of images; a sample has the same fields without the dimension N.
@@ -154,9 +156,17 @@ class ViewDataset(Dataset[Views]):
 
     def _together(self, images: Tensor, rows: Tensor, indices: Sequence[int]) -> ViewBatch:
         assert isinstance(self.transform, BatchTransform)
-        images = images.repeat(self.num_views, 1, 1, 1)
-        views = self.transform.batch(images, torch.tensor(self._seeds(indices)), self.finish)
-        return ViewBatch(Views(views.chunk(self.num_views), self.images.labels[rows], torch.tensor(indices)))
+        # Small views are fastest all in one call. Large ones fill it by themselves, and in tensors of their own take
+        # blocks of half the size, which the allocator is likelier to have.
+        numbers = images.shape[:2].numel() * self.num_views * self.transform.size**2
+        calls = 1 if numbers <= _ONE_CALL else self.num_views
+        images = images.repeat(self.num_views // calls, 1, 1, 1)
+        made = [
+            self.transform.batch(images, seeds, self.finish)
+            for seeds in torch.tensor(self._seeds(indices)).chunk(calls)
+        ]
+        views = made[0].chunk(self.num_views) if calls == 1 else tuple(made)
+        return ViewBatch(Views(views, self.images.labels[rows], torch.tensor(indices)))
 
     def _seeds(self, indices: Sequence[int]) -> list[int]:
         """Seeds of all first views, then of all second ones, and so on."""
