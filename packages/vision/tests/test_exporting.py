@@ -41,7 +41,11 @@ def test_what_is_written_computes_the_same_for_any_batch(tmp_path, ending):
 
 @pytest.mark.parametrize("encoder", [ResNet(18), SmallAlexNet()], ids=["ResNet", "SmallAlexNet"])
 def test_the_other_encoders_export(tmp_path, encoder):
-    export_encoder(encoder, tmp_path / "encoder.pt2", image_size=32)
+    path = export_encoder(encoder, tmp_path / "encoder.pt2", image_size=32)
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        found, wanted = torch.export.load(path).module()(images), encoder.eval()(images)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_refusals(tmp_path, monkeypatch):
