@@ -21,9 +21,9 @@ from cl_core.losses import (
     AMCLLoss,
     AMCLSimSiamLoss,
     NTXentLoss,
-    PairTemperature,
     multi_head,
 )
+from cl_core.temperatures import PairTemperature
 
 HEADS, WIDTH = 3, 4
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_core.functional import amcl_loss, cacr_loss, gated_pair_loss
-from cl_core.losses import PairTemperature
+from cl_core.temperatures import PairTemperature
 
 RESULTS = Path(__file__).resolve().parents[1] / "RESULTS.md"
 BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
@@ -44,7 +44,7 @@ class Case:
         size: what the size is, in words.
         given: makes the embeddings, side by side in one tensor.
         ours: our loss.
-        published: the published form; None where it does not fit into memory.
+        published: the published form; None where it would take more than ten gigabytes and is not tried.
         tangential: whether the published form takes rows as of unit length, so that its gradient has a part along them.
     """
 
@@ -250,7 +250,7 @@ def table(names: list[str], repetitions: int) -> list[str]:
         cells = [f"{1000 * found['ours']:.1f}", f"{1000 * found['published']:.0f}", f"{found['ratio']:.0f}"]
         cells += [f"{value:.0f}" for value in memory]
         if case.published is None:
-            cells[1] = cells[2] = cells[4] = "does not fit"
+            cells[1] = cells[2] = cells[4] = "not run"
         lines.append(f"| {case.method} | {case.size} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     return lines

@@ -6,7 +6,7 @@ block travels together with its gradient and arrives home complete. Memory is a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -190,8 +190,7 @@ class _RingLogSumExp(torch.autograd.Function):
     ) -> Tensor:
         tile = _tiles.default_tile(rows.device)
         result = rows.new_full((len(rows),), -torch.inf)
-        for _, (block, of_block) in ring.blocks(columns, numbers):
-            pairing = _pairing(rows, block, row_keys, row_ids, of_block, over)
+        for block, pairing in _paired_blocks(ring, rows, columns, row_keys, row_ids, numbers, over):
             result = torch.logaddexp(result, _tiles.rows_forward(rows, block, pairing, tile))
         ctx.over, ctx.ring = over, ring
         ctx.save_for_backward(rows, columns, row_keys, row_ids, numbers, result)
@@ -203,18 +202,11 @@ class _RingLogSumExp(torch.autograd.Function):
             _ops.no_second_derivative()
         rows, columns, row_keys, row_ids, numbers, result = ctx.saved_tensors
         tile = _tiles.default_tile(rows.device)
-        dx = torch.zeros_like(rows)
 
-        def on_block(block: Tensor, of_block: Tensor) -> Tensor:
-            pairing = _pairing(rows, block, row_keys, row_ids, of_block, ctx.over)
-            of_rows, of_columns = _tiles.rows_backward(gradient, rows, block, result, pairing, tile)
-            assert of_rows is not None
-            assert of_columns is not None
-            dx.add_(of_rows)
-            return of_columns
+        def of_block(block: Tensor, pairing: Pairing) -> tuple[Tensor | None, ...]:
+            return _tiles.rows_backward(gradient, rows, block, result, pairing, tile)
 
-        dy = _send_home(ctx.ring, columns, numbers, on_block)
-        return dx, dy, *[None] * 5
+        return *_gradients(ctx, rows, columns, row_keys, row_ids, numbers, of_block), *[None] * 5
 
 
 class _RingExpectedLogits(torch.autograd.Function):
@@ -236,8 +228,7 @@ class _RingExpectedLogits(torch.autograd.Function):
             rows.new_full((len(rows),), -torch.inf, dtype=torch.float64),
             rows.new_zeros(len(rows)).double(),
         )
-        for _, (block, of_block) in ring.blocks(columns, numbers):
-            pairing = _pairing(rows, block, row_keys, row_ids, of_block, over)
+        for block, pairing in _paired_blocks(ring, rows, columns, row_keys, row_ids, numbers, over):
             result = _tiles.joined(result, _tiles.expected_forward(rows, block, pairing, tile))
         ctx.over, ctx.ring = over, ring
         ctx.save_for_backward(rows, columns, row_keys, row_ids, numbers, *result)
@@ -249,20 +240,13 @@ class _RingExpectedLogits(torch.autograd.Function):
             _ops.no_second_derivative()
         rows, columns, row_keys, row_ids, numbers, log_sum, expected = ctx.saved_tensors
         tile = _tiles.default_tile(rows.device)
-        dx = torch.zeros_like(rows)
 
-        def on_block(block: Tensor, of_block: Tensor) -> Tensor:
-            pairing = _pairing(rows, block, row_keys, row_ids, of_block, ctx.over)
-            of_rows, of_columns = _tiles.expected_backward(
+        def of_block(block: Tensor, pairing: Pairing) -> tuple[Tensor | None, ...]:
+            return _tiles.expected_backward(
                 gradients[0], gradients[1], rows, block, log_sum, expected, pairing, tile
             )
-            assert of_rows is not None
-            assert of_columns is not None
-            dx.add_(of_rows)
-            return of_columns
 
-        dy = _send_home(ctx.ring, columns, numbers, on_block)
-        return dx, dy, *[None] * 5
+        return *_gradients(ctx, rows, columns, row_keys, row_ids, numbers, of_block), *[None] * 5
 
 
 class _RingSoftplusSum(torch.autograd.Function):
@@ -282,8 +266,7 @@ class _RingSoftplusSum(torch.autograd.Function):
     ) -> Tensor:
         tile = _tiles.default_tile(rows.device)
         result = rows.new_zeros(len(rows))
-        for _, (block, of_block) in ring.blocks(columns, numbers):
-            pairing = _pairing(rows, block, row_keys, row_ids, of_block, over)
+        for block, pairing in _paired_blocks(ring, rows, columns, row_keys, row_ids, numbers, over):
             result += _tiles.softplus_forward(rows, block, offset, pairing, tile)
         ctx.over, ctx.ring = over, ring
         ctx.save_for_backward(rows, columns, offset, row_keys, row_ids, numbers)
@@ -295,27 +278,53 @@ class _RingSoftplusSum(torch.autograd.Function):
             _ops.no_second_derivative()
         rows, columns, offset, row_keys, row_ids, numbers = ctx.saved_tensors
         tile = _tiles.default_tile(rows.device)
-        dx, doffset = torch.zeros_like(rows), torch.zeros_like(offset)
+        doffset = torch.zeros_like(offset)
 
-        def on_block(block: Tensor, of_block: Tensor) -> Tensor:
-            pairing = _pairing(rows, block, row_keys, row_ids, of_block, ctx.over)
-            of_rows, of_columns, of_offset = _tiles.softplus_backward(
-                gradient, rows, block, offset, pairing, tile
-            )
-            dx.add_(of_rows)
+        def of_block(block: Tensor, pairing: Pairing) -> tuple[Tensor | None, ...]:
+            *of_both, of_offset = _tiles.softplus_backward(gradient, rows, block, offset, pairing, tile)
             doffset.add_(of_offset)
-            return of_columns
+            return tuple(of_both)
 
-        dy = _send_home(ctx.ring, columns, numbers, on_block)
+        dx, dy = _gradients(ctx, rows, columns, row_keys, row_ids, numbers, of_block)
         return dx, dy, doffset, *[None] * 5
 
 
-def _send_home(ring: _Ring, columns: Tensor, numbers: Tensor, on_block: Any) -> Tensor:
-    """Pass every block around the ring with the sum of its gradients; returns that of our own columns."""
+def _paired_blocks(
+    ring: _Ring,
+    rows: Tensor,
+    columns: Tensor,
+    row_keys: Tensor | None,
+    row_ids: Tensor | None,
+    numbers: Tensor,
+    over: Over,
+) -> Iterator[tuple[Tensor, Pairing]]:
+    """Every rank's columns, ours first, and which of their pairs with our rows count."""
+    for _, (block, of_block) in ring.blocks(columns, numbers):
+        yield block, _pairing(rows, block, row_keys, row_ids, of_block, over)
+
+
+def _gradients(
+    ctx: Any,
+    rows: Tensor,
+    columns: Tensor,
+    row_keys: Tensor | None,
+    row_ids: Tensor | None,
+    numbers: Tensor,
+    of_block: Callable[[Tensor, Pairing], tuple[Tensor | None, ...]],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of our rows and of our columns; ``of_block`` gives those of our rows and of the columns of a block.
+
+    Every block goes around the ring with the sum of its gradients, and comes home with it.
+    """
+    ring, dx = ctx.ring, torch.zeros_like(rows)
     traveller = torch.zeros_like(ring.padded(columns))
-    for count, (block, of_block) in ring.blocks(columns, numbers):
-        traveller[:count] += on_block(block, of_block)
+    for block, pairing in _paired_blocks(ring, rows, columns, row_keys, row_ids, numbers, ctx.over):
+        of_rows, of_columns = of_block(block, pairing)
+        assert of_rows is not None
+        assert of_columns is not None
+        dx.add_(of_rows)
+        traveller[: len(block)] += of_columns
         (traveller,), requests = ring.send([traveller])
         for request in requests:
             request.wait()
-    return traveller[: len(columns)]
+    return dx, traveller[: len(columns)]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from cl_core import similarity
 from cl_core.functional import amcl_barlow_loss, amcl_loss, amcl_simsiam_loss
-from cl_core.losses import PairTemperature
+from cl_core.temperatures import PairTemperature
 from cl_core.testing import parity
 
 TOLERANCE = {

@@ -22,7 +22,7 @@ from cl_core.losses.gated_pairs import GatedPairLoss
 from cl_core.losses.hard_negative import DebiasedNCELoss, HardNegativeNCELoss
 from cl_core.losses.info_nce import InfoNCELoss
 from cl_core.losses.margin import CircleLoss, ContrastiveMarginLoss, MultiSimilarityLoss, TripletMarginLoss
-from cl_core.losses.multi_head import AMCLBarlowLoss, AMCLLoss, AMCLSimSiamLoss, PairTemperature
+from cl_core.losses.multi_head import AMCLBarlowLoss, AMCLLoss, AMCLSimSiamLoss
 from cl_core.losses.nt_xent import NTXentLoss
 from cl_core.losses.predictive import BYOLLoss, NegativeCosineSimilarityLoss
 from cl_core.losses.redundancy import BarlowTwinsLoss, VICRegLoss
@@ -55,7 +55,6 @@ __all__ = [
     "MultiSimilarityLoss",
     "NTXentLoss",
     "NegativeCosineSimilarityLoss",
-    "PairTemperature",
     "PredictionLoss",
     "PrototypeLoss",
     "PrototypeNCELoss",

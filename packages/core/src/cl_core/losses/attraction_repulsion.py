@@ -282,7 +282,7 @@ class _Negatives:
 
     def mean_distance(self) -> Tensor:
         """Mean squared distance of an anchor to its negatives, shape (N,)."""
-        total, squares = torch.zeros_like(self.rows[:1]).sum(0), self.rows.new_zeros(())
+        total, squares = self.rows.new_zeros(self.rows.shape[1]), self.rows.new_zeros(())
         if self.memory is not None:
             total, squares = self.memory.sum(0), self.memory.square().sum()
         own = self.rows.new_zeros(())

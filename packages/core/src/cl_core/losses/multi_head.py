@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from cl_core.distributed import Shard, shard
 from cl_core.losses._base import ContrastiveLoss, PredictionLoss, QueryKeyLoss, TwoViewLoss
 from cl_core.losses._common import check_rows, reduce, reduce_pairs
 from cl_core.losses.redundancy import check_views, off_diagonal, standardised
+from cl_core.temperatures import PairTemperature, check_range, scaled_sigmoid
 
 Temperature: TypeAlias = float | Tensor | Callable[[Tensor, Tensor], Tensor]
 """One T > 0 for all pairs, or a function of anchors and others, stacks (C, N, d) both, giving (C, N)."""
@@ -36,105 +37,8 @@ Temperature: TypeAlias = float | Tensor | Callable[[Tensor, Tensor], Tensor]
 Pooling: TypeAlias = Literal["max", "lse"]
 """What stands for the negatives of an anchor: the most similar one, or the log-sum-exp over all."""
 
-_LARGEST_LOGIT = 10.0  # of a temperature; beyond, the sigmoid is within 5e-5 of its ends
 _FLOOR = 0.01  # share of the range of temperatures, from the least one on, that counts as sitting there
 _GRID_ENTRIES = 1 << 23  # kept of the pairs of some anchors with all their negatives
-
-
-class PairTemperature(nn.Module):
-    r"""A temperature in (minimum, maximum) for every pair of rows: a two-layer perceptron on both, one a head.
-
-        tau(u, v) = minimum + (maximum - minimum) sigmoid(w2 relu(W1 [u; v] + b1) + b2)
-
-    where the logit is clamped to +-10. Not symmetric: the anchor comes first. All heads are computed at once.
-
-    Args:
-        dim: d, columns of a head.
-        heads: C.
-        hidden_dim: width of the hidden layer.
-        shared: one perceptron for all heads, as the paper's figure draws it; the authors' code has one a head.
-        minimum: least temperature > 0.
-        maximum: largest temperature > minimum.
-        detach_input: give the rows no gradient through the temperature, so that the encoder cannot make them similar
-            or not for its sake.
-
-    The parameters ``weight1`` (C, hidden_dim, 2 d) and ``weight2`` (C, 1, hidden_dim) start as those of
-    ``torch.nn.Linear``; biases are vectors, so that what exempts vectors from weight decay exempts them. They learn at
-    a tenth of the rate (``lr_scale``, which :meth:`cl_core.method.Method.parameter_groups` reads).
-    """
-
-    lr_scale: ClassVar[float] = 0.1
-
-    def __init__(
-        self,
-        dim: int = 128,
-        *,
-        heads: int = 3,
-        hidden_dim: int = 128,
-        shared: bool = False,
-        minimum: float = 0.05,
-        maximum: float = 2.0,
-        detach_input: bool = False,
-    ) -> None:
-        super().__init__()
-        _check_options(dim=dim, heads=heads, hidden_dim=hidden_dim, shared=shared, detach_input=detach_input)
-        _check_range(minimum, maximum, "minimum", "maximum")
-        if minimum == maximum:
-            raise ValueError(f"maximum must exceed minimum, got {maximum} for both.")
-        self.dim, self.heads, self.hidden_dim, self.shared = dim, heads, hidden_dim, shared
-        self.minimum, self.maximum, self.detach_input = minimum, maximum, detach_input
-        networks = 1 if shared else heads
-        self.weight1 = nn.Parameter(torch.empty(networks, hidden_dim, 2 * dim))
-        self.bias1 = nn.Parameter(torch.empty(networks * hidden_dim))
-        self.weight2 = nn.Parameter(torch.empty(networks, 1, hidden_dim))
-        self.bias2 = nn.Parameter(torch.empty(networks))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
-        for weight, bias in ((self.weight1, self.bias1), (self.weight2, self.bias2)):
-            bound = weight.shape[2] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
-            nn.init.uniform_(bias, -bound, bound)
-
-    def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        """Temperatures of anchors u with others v, stacks (C, N, d) both; shape (C, N), in the dtype of u."""
-        for name, stack in (("u", u), ("v", v)):
-            if stack.ndim != 3 or stack.shape[::2] != (self.heads, self.dim):
-                wanted = f"({self.heads}, N, {self.dim})"
-                raise ValueError(f"{name} must have shape {wanted}, got {tuple(stack.shape)}.")
-        _checks.same_shape(u=u, v=v)
-        return self.between(self.of_anchors(u), self.of_others(v))
-
-    # The first layer is linear in both rows, so its part of each is computed once, whatever it is paired with.
-
-    def of_anchors(self, u: Tensor) -> Tensor:
-        """The anchors' part of the hidden layer, shape (C, N, hidden_dim)."""
-        bias = self.bias1.view(-1, 1, self.hidden_dim)
-        return self._product(u, self.weight1[..., : self.dim]) + bias.to(u.dtype)
-
-    def of_others(self, v: Tensor) -> Tensor:
-        """The others' part of the hidden layer, shape (C, N, hidden_dim)."""
-        return self._product(v, self.weight1[..., self.dim :])
-
-    def between(self, anchors: Tensor, others: Tensor) -> Tensor:
-        """Temperatures from the parts of both, whose middle dimensions are broadcast, in which shape they return."""
-        hidden = (anchors + others).relu_()
-        logits = product(hidden.flatten(1, -2), self._of_heads(self.weight2, hidden).mT)
-        logits = logits.view(hidden.shape[:-1])
-        bias = self.bias2.to(hidden.dtype).view(-1, *[1] * (hidden.ndim - 2))
-        return _scaled_sigmoid(logits + bias, self.minimum, self.maximum)
-
-    def _product(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return product(rows.detach() if self.detach_input else rows, self._of_heads(weight, rows).mT)
-
-    def _of_heads(self, weight: Tensor, like: Tensor) -> Tensor:
-        return weight.to(like.dtype).expand(self.heads, -1, -1)
-
-    def extra_repr(self) -> str:
-        """Show the constructor's arguments."""
-        names = ("dim", "heads", "hidden_dim", "shared", "minimum", "maximum", "detach_input")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def amcl_loss(
@@ -521,10 +425,6 @@ def _grid(temperature: Temperature, u: Tensor, v: Tensor) -> tuple[Callable[[sli
     return lambda part: _temperatures(temperature, u[:, part], v)[:, :1, None], 1
 
 
-def _scaled_sigmoid(logits: Tensor, minimum: float, maximum: float) -> Tensor:
-    return minimum + (maximum - minimum) * logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).sigmoid()
-
-
 def _omega(tau: Tensor, width: int) -> Tensor:
     """The regulariser: least at 2 / d, convex up to 4 / d."""
     return width / 2 * tau.log() + tau.reciprocal()
@@ -582,13 +482,6 @@ def _check_options(**options: Any) -> None:
     """Refuse values out of range of the options named so."""
     for name in _CHECKS.keys() & options.keys():
         _CHECKS[name](name, options[name])
-
-
-def _check_range(minimum: float, maximum: float, least: str, largest: str) -> None:
-    _checks.temperature(least, minimum)
-    _checks.positive(largest, maximum)
-    if minimum > maximum:
-        raise ValueError(f"{least} must not exceed {largest}, got {minimum} and {maximum}.")
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
@@ -655,7 +548,7 @@ def _network(
     **_: Any,
 ) -> PairTemperature | None:
     """The network of temperatures; None for a constant one."""
-    _check_range(min_temperature, max_temperature, "min_temperature", "max_temperature")
+    check_range(min_temperature, max_temperature, "min_temperature", "max_temperature")
     if min_temperature == max_temperature:
         return None
     ends = {"minimum": min_temperature, "maximum": max_temperature}
@@ -829,7 +722,7 @@ class AMCLBarlowLoss(_AdaptiveLoss, TwoViewLoss):
         group: Group = None,
     ) -> None:
         _check_options(dim=dim, heads=heads, lambd=lambd, beta=beta, eps=eps)
-        _check_range(min_temperature, max_temperature, "min_temperature", "max_temperature")
+        check_range(min_temperature, max_temperature, "min_temperature", "max_temperature")
         super().__init__(
             dim=dim,
             heads=heads,
@@ -846,7 +739,7 @@ class AMCLBarlowLoss(_AdaptiveLoss, TwoViewLoss):
     @property
     def pair_temperature(self) -> Tensor:
         """Temperatures of all pairs of dimensions, shape (C, d, d)."""
-        return _scaled_sigmoid(self.temperature_logits, self.min_temperature, self.max_temperature)
+        return scaled_sigmoid(self.temperature_logits, self.min_temperature, self.max_temperature)
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Loss of two views, each of shape (N, C d)."""

@@ -26,6 +26,7 @@ _BESIDE = (  # what does not make a run another one
     "monitor",
     "data.root",
     "data.num_workers",
+    "global_batch_size",  # follows from the batch size and the processes, which are named
     "evaluation.batch_size",
     "evaluation.baselines",
     "trainer.accelerator",
@@ -234,8 +235,6 @@ def _collect_differences(name: str, values: list[Any], words: list[list[str]]) -
             following = name if inner == "init_args" else inner
             _collect_differences(following, [value.get(inner) for value in values], words)
         return
-    if name == "global_batch_size" and any("batch_size" in word for word in words[0]):
-        return  # said already
     for each, value in zip(words, values, strict=True):
         each.append(f"{name} {_short(value)}")
 

@@ -17,7 +17,9 @@ from cl_core.method import Method
 from cl_core.training.data import SPLITS, Data, Split
 
 METRICS = ("knn", "linear", "knn_validation", "linear_validation")
-"""Accuracies that :func:`accuracies` gives."""
+"""Accuracies that :func:`accuracies` always gives."""
+FEW = "few_"
+"""How the names of the accuracies on few labels begin; the share follows."""
 Embedding = tuple[Tensor, Tensor]
 """Rows (N, D) and their labels (N,), on the CPU."""
 
@@ -190,7 +192,7 @@ def accuracies(
 
 def few_name(share: float) -> str:
     """Name of the accuracy that a share of the labels gives."""
-    return f"few_{share:g}"
+    return f"{FEW}{share:g}"
 
 
 def few_of_each_class(labels: Tensor, share: float) -> Tensor:
