@@ -31,19 +31,19 @@ _NOT_KEPT = ("config", "resume", "run_dir", "debug", "print_config")
 
 def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
     """Run one verb; see :func:`cl_core.training.cli.main`."""
-    from cl_core.training.comparing import compare_command
-    from cl_core.training.reproduce import reproduce_command
-
     verbs: dict[str, Callable[[Domain, list[str]], None]] = {
         "fit": fit_command,
         "validate": validate_command,
         "test": test_command,
         "embed": embed_command,
-        "reproduce": reproduce_command,
-        "compare": compare_command,
+    }
+    elsewhere = {
+        "reproduce": "cl_core.training.reproduce:reproduce_command",
+        "compare": "cl_core.training.comparing:compare_command",
+        **{name: target for name, (_, target) in domain.verbs.items()},
     }
     try:
-        command = verbs[verb] if verb in verbs else _load(domain.verbs[verb][1])
+        command = verbs[verb] if verb in verbs else _load(elsewhere[verb])
         command(domain, list(args))
     except SystemExit as stop:  # --help and --print_config
         return int(stop.code or 0)

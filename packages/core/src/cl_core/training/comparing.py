@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from scipy import stats  # type: ignore[import-untyped]
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from cl_core.training.cli import Domain
 from cl_core.training.files import make_folder, sentence, to_json, write_atomically
@@ -137,7 +137,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Student's interval of the mean of values; None for fewer than two."""
     if len(values) < 2:
         return None
-    reach = float(stats.t.ppf((1 + _LEVEL) / 2, len(values) - 1))
+    reach = float(stdtrit(len(values) - 1, (1 + _LEVEL) / 2))
     reach *= statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values) - reach, statistics.fmean(values) + reach
 
