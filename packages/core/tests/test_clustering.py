@@ -133,6 +133,21 @@ def test_empty_clusters_are_filled(metric):
     assert torch.equal(result.centroids, repeated.centroids)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_empty_clusters_may_keep_their_centroid(metric):
+    z = blobs(6, rows=200)
+    z[:, 0] = z[:, 0].abs() + 10
+    initial = torch.cat([z[:3], torch.zeros_like(z[:1])])
+    initial[3, 0] = -50 if metric == "euclidean" else -1  # behind all others
+    result = kmeans(z, 4, metric=metric, initial=initial, tolerance=0, empty="keep")
+    assert 3 not in result.assignments
+    torch.testing.assert_close(result.centroids[3], initial[3])
+    moved = kmeans(z, 4, metric=metric, initial=initial, tolerance=0)
+    assert moved.assignments.unique().numel() == 4
+    with pytest.raises(ValueError, match="empty must be one of"):
+        kmeans(z, 4, empty="drop")
+
+
 def test_an_empty_cluster_takes_the_farthest_row_out_of_its_cluster():
     z = torch.tensor([[0.0], [1.0], [10.0], [-4.0], [-5.0]])
     result = kmeans(z, 3, initial=torch.tensor([[0.5], [-4.5], [100.0]]), max_iterations=1, tolerance=0)

@@ -68,7 +68,7 @@ def test_two_steps_on_digits(name, tmp_path, monkeypatch, capsys):
     assert (status, captured.err) == (0, "")
     run = Path("runs", name.replace("/", "-") + "-001")
     figures = {path.name for path in (run / "figures").iterdir()}
-    pairs = {"similarities.png"} if not name.startswith(("hydra", "swav")) else set()
+    pairs = {"similarities.png"} if not name.startswith(("deepcluster", "hydra", "swav")) else set()
     gates = {"class_pairs.png"} if name.startswith("hydra") else set()
     assert figures == {"curves.png", "embeddings.png"} | pairs | gates
     metrics = json.loads((run / "metrics.json").read_text())
@@ -97,6 +97,8 @@ def test_two_steps_on_stand_ins_for_larger_sets(name, packed, tmp_path, monkeypa
         "--trainer.precision=32-true",
     ]
     options += ["--trainer.progress_bar=false", "--trainer.accelerator=cpu", "--evaluation.neighbours=[1]"]
+    if name.startswith("deepcluster"):
+        options += ["--model.num_prototypes=[8, 6]"]  # there are 36 images
     assert main(["fit", "--config", name, *options, "--run_dir=run"]) == 0, capsys.readouterr().err
     assert json.loads(Path("run/metrics.json").read_text())["steps"] == 2
 

@@ -29,7 +29,14 @@ from cl_vision.data import (
 )
 from cl_vision.data.folder import ImageFiles, ImageFolder
 from cl_vision.data.views import ViewBatch
-from cl_vision.transforms import SimCLRTransform, SmallGrayTransform, ViewTransform
+from cl_vision.transforms import (
+    InfoMinTransform,
+    MultiCrop,
+    SimCLRTransform,
+    SmallGrayTransform,
+    ViewTransform,
+    view_seed,
+)
 
 CL_DATA = os.environ.get("CL_DATA")
 
@@ -78,6 +85,19 @@ def test_samples_made_together_are_those_made_alone(images, one_call, monkeypatc
     assert batch.labels.tolist() == (rows[[3, 0, 4]] % 3).tolist()
     assert batch.index.tolist() == [3, 0, 4]
     assert all(view.is_contiguous() for view in batch.views)
+
+
+@pytest.mark.parametrize("large", [SimCLRTransform(12), InfoMinTransform(12)], ids=["batch", "one_by_one"])
+def test_crops_of_two_sizes(images, large):
+    """Each view is that of its own transform alone, made in batches where both can be."""
+    small = SimCLRTransform(8, scale=(0.05, 0.14))
+    data = ViewDataset(images, MultiCrop(large, small), num_views=5, seed=2)
+    batch = collate_views(data.__getitems__([3, 0, 4]))
+    assert [tuple(view.shape) for view in batch.views] == [(3, 3, 12, 12)] * 2 + [(3, 3, 8, 8)] * 3
+    assert same_views(batch, collate_views([data[index] for index in (3, 0, 4)]))
+    for view, transform in enumerate([large] * 2 + [small] * 3):
+        expected = transform(images[4], seed=view_seed(2, 0, 4, view))
+        assert torch.equal(batch.views[view][2], expected)
 
 
 def test_samples_made_together_are_a_sequence_of_samples(images):

@@ -20,6 +20,7 @@ from cl_core.losses import (
     GatedPairLoss,
     InfoNCELoss,
     NegativeCosineSimilarityLoss,
+    PrototypeNCELoss,
     SupConLoss,
     SwAVLoss,
     VICRegLoss,
@@ -34,6 +35,7 @@ from cl_vision.methods import (
     BYOL,
     NNCLR,
     BarlowTwins,
+    DeepClusterV2,
     Hydra,
     MoCo,
     MoCoV3,
@@ -81,6 +83,13 @@ def swav():
     return SwAV(SmallConvNet(4, in_channels=1), SwAVLoss(), head, **options)
 
 
+def deepcluster_v2():
+    head = MLPProjector(hidden_dim=24, out_dim=16)
+    return DeepClusterV2(
+        SmallConvNet(4, in_channels=1), PrototypeNCELoss(), head, [6, 4], kmeans_iterations=5
+    )
+
+
 def heads():
     return [MLPProjector(hidden_dim=24, out_dim=16) for _ in range(2)]
 
@@ -124,6 +133,7 @@ def hydra():
 TINY = {
     "BYOL": (byol, 2.834877),
     "BarlowTwins": (barlow_twins, 0.2800587),
+    "DeepClusterV2": (deepcluster_v2, 1.558157),
     "Hydra": (hydra, 2.146921),
     "MoCo": (moco, 2.276033),
     "MoCoV3": (moco_v3, 1.87662),
@@ -228,7 +238,7 @@ def test_scores_are_recorded_in_every_host_that_compares_pairs(name, tmp_path):
     factory, calls = TINY[name][0], []
     criterion = factory().criterion
     monitor = ScoreMonitor(tmp_path, rows=None)
-    if name in ("Hydra", "SimLAP", "SupCon", "SwAV"):
+    if name in ("DeepClusterV2", "Hydra", "SimLAP", "SupCon", "SwAV"):
         with pytest.raises(ValueError, match=rf"compares views.* got {type(criterion).__name__} in {name}\."):
             under_lightning(factory, monitor)
         return

@@ -14,6 +14,7 @@ from cl_core.transforms import PositiveExtrapolation
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import SwAV
+from cl_vision.methods._parts import project_crops
 from cl_vision.projectors import MLPProjector
 
 
@@ -171,7 +172,7 @@ def test_extrapolated_embeddings_predict_and_give_no_codes():
 def test_half_precision_makes_codes_in_full():
     method = swav()
     with torch.autocast("cpu", torch.bfloat16):
-        rows = method.project(crops().views)
+        rows = project_crops(method.encoder, method.projector, crops().views)
         scores = method.scores(rows[0])
         loss = method(crops())
     assert scores.dtype == torch.float32

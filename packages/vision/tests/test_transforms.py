@@ -10,6 +10,8 @@ from torchvision.transforms.v2 import functional
 from cl_vision import _pixels
 from cl_vision.transforms import (
     EvaluationTransform,
+    InfoMinTransform,
+    MultiCrop,
     SimCLRTransform,
     SmallGrayTransform,
     ViewTransform,
@@ -20,6 +22,7 @@ TRANSFORMS = [
     SimCLRTransform(24),
     SimCLRTransform(24, jitter=0.5, blur=0.0),
     SmallGrayTransform(24, flip=0.5, blur=0.5, erasing=0.5),
+    InfoMinTransform(24),
     ViewTransform(
         v2.Compose([v2.RandomRotation(20), v2.RandomCrop(24), v2.ToDtype(torch.float32, scale=True)])
     ),
@@ -520,3 +523,44 @@ def test_views_are_made_where_the_images_are(transform, photograph):
     views = transform.batch(images.cuda(), seeds)
     assert views.device.type == "cuda"
     assert torch.allclose(views.cpu(), transform.batch(images, seeds), rtol=0, atol=1e-4)
+
+
+def test_multi_crop_makes_large_views_first(photograph):
+    large, small = SimCLRTransform(24), SimCLRTransform(12, scale=(0.05, 0.14))
+    crops = MultiCrop(large, small)
+    assert [crops.of_view(view) for view in range(4)] == [large, large, small, small]
+    assert torch.equal(crops(photograph, seed=3), large(photograph, seed=3))
+    assert "num_large=2" in repr(crops) and "size=12" in repr(crops)
+    with pytest.raises(
+        TypeError, match="small must be a ViewTransform that makes views of one size, got MultiCrop"
+    ):
+        MultiCrop(large, crops)
+    with pytest.raises(ValueError, match="num_large must be at least 1, got 0"):
+        MultiCrop(large, small, num_large=0)
+
+
+def test_infomin_without_its_operations_is_a_jittered_crop(photograph):
+    plain = InfoMinTransform(24, jitter=0.0, operations=0, gray=0.0, blur=0.0, scale=(1.0, 1.0))
+    strong = InfoMinTransform(24, jitter=0.0, operations=2, gray=0.0, blur=0.0, scale=(1.0, 1.0))
+    mild = InfoMinTransform(24, jitter=0.0, operations=2, magnitude=0.0, gray=0.0, blur=0.0, scale=(1.0, 1.0))
+    change = [
+        sum((transform(photograph, seed=s) - plain(photograph, seed=s)).abs().mean() for s in range(20))
+        for transform in (mild, strong)
+    ]
+    assert change[1] > 2 * change[0]
+    gray = InfoMinTransform(16)(photograph[:1], seed=0)
+    assert gray.shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"magnitude": 11.0}, r"magnitude must be in \[0, 10\], got 11.0"),
+        ({"operations": -1}, "operations must be at least 0, got -1"),
+        ({"jitter": 3.0}, r"jitter must be in \[0, 2.5\]"),
+        ({"scale": (0.0, 1.0)}, "scale must be two numbers"),
+    ],
+)
+def test_infomin_refuses_what_it_cannot_do(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        InfoMinTransform(24, **options)

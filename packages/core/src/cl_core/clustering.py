@@ -15,6 +15,7 @@ from cl_core._types import Group
 from cl_core.distributed import Shard, refusing_together, shard
 
 Metric: TypeAlias = Literal["cosine", "euclidean"]
+Empty: TypeAlias = Literal["move", "keep"]
 
 _CENTROID_TILE = 4096
 # Seeding looks at this many rows, or this many a cluster, whichever is more.
@@ -51,6 +52,7 @@ def kmeans(
     restarts: int = 1,
     max_iterations: int = 300,
     tolerance: float = 1e-4,
+    empty: Empty = "move",
     generator: torch.Generator | None = None,
     group: Group = None,
     tile: int = 1024,
@@ -60,8 +62,7 @@ def kmeans(
         minimise sum_i min_k |x_i - c_k|^2
 
     with x = z, or x and c of unit length for the cosine metric (spherical k-means). Starts are drawn by greedy
-    k-means++ on at most max(16384, 16 K) random rows. A cluster that loses all its rows is moved to the row that is
-    farthest from its centroid.
+    k-means++ on at most max(16384, 16 K) random rows.
 
     Args:
         z: rows to cluster, shape (N, D); with a group this rank's part of them, which may be empty.
@@ -72,6 +73,8 @@ def kmeans(
         max_iterations: Lloyd iterations of a start.
         tolerance: stop when the centroids move less: sum_k |c_k' - c_k|^2 <= tolerance * mean feature variance.
             They also stop when no assignment changes.
+        empty: what becomes of a cluster that loses all its rows: "move" it to the row that is farthest from its
+            centroid, or "keep" its centroid.
         generator: source of the starts; with a group, the first rank's decides.
         group: process group whose rows are clustered together; every rank gets the same centroids and inertia, and
             the assignments of its own rows.
@@ -90,6 +93,7 @@ def kmeans(
     with refusing_together(group, getattr(z, "device", torch.device("cpu"))):
         _checks.embeddings("z", z, at_least=1 if group is None else 0)
         _checks.choice("metric", metric, ("cosine", "euclidean"))
+        _checks.choice("empty", empty, ("move", "keep"))
         for name, value in (("num_clusters", num_clusters), ("restarts", restarts), ("tile", tile)):
             _checks.count(name, value)
         _checks.count("max_iterations", max_iterations)
@@ -117,7 +121,7 @@ def kmeans(
                 centroids = data.of_first_rank(data.enter(initial))
             else:
                 centroids = _plus_plus(*_seeding(data, num_clusters, generator))
-            result = _lloyd(data, centroids, max_iterations, threshold)
+            result = _lloyd(data, centroids, max_iterations, threshold, empty)
             if best is None or result.inertia < best.inertia:
                 best = result
     assert best is not None
@@ -256,12 +260,12 @@ class _Data:
         inertia, changed = packed[-2:].tolist()
         return _Pass(assignments, distances, sums, counts, inertia, int(changed))
 
-    def update(self, step: _Pass, centroids: Tensor) -> Tensor:
+    def update(self, step: _Pass, centroids: Tensor, empty: Empty) -> Tensor:
         """Mean row of each cluster, in unit length for the cosine metric."""
         sums, counts = step.sums, step.counts
-        empty = (counts == 0).nonzero()[:, 0]
-        if len(empty):
-            self._relocate(step, empty)
+        without = (counts == 0).nonzero()[:, 0]
+        if len(without) and empty == "move":
+            self._relocate(step, without)
         means = (sums / counts.clamp_min(1)[:, None]).to(self.dtype)
         # Unit rows that cancel have no mean direction, a cluster that could not be filled no mean: they stay.
         norm = means.norm(dim=1, keepdim=True)
@@ -286,12 +290,14 @@ class _Data:
         step.counts[empty] = 1
 
 
-def _lloyd(data: _Data, centroids: Tensor, max_iterations: int, threshold: float) -> KMeansResult:
+def _lloyd(
+    data: _Data, centroids: Tensor, max_iterations: int, threshold: float, empty: Empty
+) -> KMeansResult:
     step = data.assign(centroids, None)
     iterations, converged = 0, False
     while not converged and iterations < max_iterations:
         iterations += 1
-        updated = data.update(step, centroids)
+        updated = data.update(step, centroids, empty)
         moved = float((updated - centroids).square().sum())
         centroids, step = updated, data.assign(updated, step.assignments)
         converged = step.changed == 0 or moved <= threshold

@@ -55,6 +55,13 @@ class Method(nn.Module):
         """What a downstream user wants: one row an input, shape (N, D), whatever other inputs are there."""
         raise NotImplementedError(f"{type(self).__name__} must define embed(inputs).")
 
+    def prepare(self, batches: Iterable[Any]) -> None:
+        """Hook: once before a training that begins, not before one that goes on, with the batches of an epoch.
+
+        For methods that must have seen the data before they can learn from them (a first clustering, statistics).
+        Under several processes each gets its own part of the batches.
+        """
+
     def on_fit_start(self, progress: Progress) -> None:
         """Hook: once before the first step, also after a resume."""
 

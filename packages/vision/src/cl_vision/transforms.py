@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
 
+from cl_core import _checks
 from cl_vision import _pixels
 from cl_vision._pixels import Floats, Range
 
@@ -94,6 +95,10 @@ class ViewTransform:
             raise TypeError(f"image must be a tensor of shape (C, H, W), got {_describe(image)}.")
         with _one_thread(), _drawing_from(seed):
             return self.pipeline(image)
+
+    def of_view(self, view: int) -> ViewTransform:
+        """What makes view number ``view`` of an image: this transform, for all of them."""
+        return self
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.pipeline})"
@@ -352,6 +357,100 @@ class SmallGrayTransform(BatchTransform):
         if "erased" in plan:
             _pixels.erase_(views, plan["erased"])
         return views
+
+
+class MultiCrop(ViewTransform):
+    """Views of two sizes: a few large ones, and small ones of small parts of the image, which cost little.
+
+    With ``num_views=6`` (``--data.num_views 6``) a data set gives two large views and four small ones, in this order.
+
+    Args:
+        large: makes the first views.
+        small: makes all others.
+        num_large: number of large views.
+
+    Reference: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS
+    2020, arXiv 2006.09882: two of 224 pixels that keep 14 % to 100 % of the area, six of 96 that keep 5 % to 14 %.
+    """
+
+    def __init__(self, large: ViewTransform, small: ViewTransform, num_large: int = 2) -> None:
+        for name, part in (("large", large), ("small", small)):
+            if not isinstance(part, ViewTransform) or isinstance(part, MultiCrop):
+                raise TypeError(
+                    f"{name} must be a ViewTransform that makes views of one size, got {type(part).__name__}."
+                )
+        _checks.count("num_large", num_large)
+        self.large, self.small, self.num_large = large, small, num_large
+
+    def __call__(self, image: Tensor, *, seed: int) -> Tensor:
+        """A large view of an image, as :class:`ViewTransform`."""
+        return self.large(image, seed=seed)
+
+    def of_view(self, view: int) -> ViewTransform:
+        """The large transform for the first views, else the small one."""
+        return self.large if view < self.num_large else self.small
+
+    def __repr__(self) -> str:
+        return f"MultiCrop(large={self.large}, small={self.small}, num_large={self.num_large})"
+
+
+class InfoMinTransform(ViewTransform):
+    """InfoMin's view: random crop, flip, colour jitter, blur, RandAugment, grey; image by image.
+
+    Views that share less: the jitter is strong, and two random operations of RandAugment (shears, shifts, rotation,
+    brightness, colour, contrast, sharpness, posterisation, solarisation, equalisation) come after it.
+
+    Args:
+        size: height and width of the view, in pixels.
+        scale: smallest and largest share of the area that a crop keeps.
+        jitter: strength s of the colour jitter (brightness, contrast, saturation 0.8 s, hue 0.2 s).
+        jitter_probability: probability of the jitter.
+        blur: probability of a Gaussian blur of a tenth of the size, sigma 0.1 to 2.
+        operations: of RandAugment, n.
+        magnitude: of the operations, m in [0, 10], 10 for the strongest.
+        gray: probability of a grey view.
+
+    Reference: Tian et al., "What Makes for Good Views for Contrastive Learning?", NeurIPS 2020, arXiv 2005.10243.
+    RandAugment is torchvision's: its list of operations, all of one magnitude and applied each time, where the
+    authors' code adds inversion, spreads the magnitude by 0.5 and skips half of the operations.
+    """
+
+    def __init__(
+        self,
+        size: int = 32,
+        scale: Range = (0.2, 1.0),
+        jitter: float = 1.0,
+        jitter_probability: float = 0.8,
+        blur: float = 0.5,
+        operations: int = 2,
+        magnitude: float = 10.0,
+        gray: float = 0.2,
+    ) -> None:
+        _check_size(size)
+        _check_share("scale", scale)
+        _check_probabilities(jitter_probability=jitter_probability, blur=blur, gray=gray)
+        _checks.count("operations", operations, at_least=0)
+        if not 0 <= jitter <= 2.5:
+            raise ValueError(f"jitter must be in [0, 2.5] (hue is shifted by a fifth of it), got {jitter}.")
+        if not 0 <= magnitude <= 10:
+            raise ValueError(f"magnitude must be in [0, 10], got {magnitude}.")
+        self.size, self.scale, self.jitter, self.jitter_probability = size, scale, jitter, jitter_probability
+        self.blur, self.operations, self.magnitude, self.gray = blur, operations, magnitude, gray
+        strength, bins = 0.8 * jitter, 31
+        colours = v2.ColorJitter(strength, strength, strength, 0.2 * jitter)
+        super().__init__(
+            v2.Compose(
+                [
+                    v2.RandomResizedCrop(size, scale=scale, antialias=True),
+                    v2.RandomHorizontalFlip(),
+                    v2.RandomApply([colours], jitter_probability),
+                    v2.RandomApply([v2.GaussianBlur(_kernel(size), _SIGMA)], blur),
+                    v2.RandAugment(operations, round(magnitude / 10 * (bins - 1)), bins),
+                    v2.RandomGrayscale(gray),
+                    v2.ToDtype(torch.float32, scale=True),
+                ]
+            )
+        )
 
 
 class EvaluationTransform:

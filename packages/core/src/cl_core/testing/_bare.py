@@ -119,7 +119,9 @@ def optimizers_of(method: Method, lr: float, weight_decay: float, eps: float) ->
 
 def made(case: Case, *, seed: int = 0) -> Method:
     torch.manual_seed(seed)
-    return case.factory()
+    method = case.factory()
+    method.prepare(case.batches)
+    return method
 
 
 def named_losses(losses: Any, source: str) -> Mapping[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -136,6 +136,8 @@ class LitMethod(pl.LightningModule):
                 f"{self.trainer.num_training_batches}: resume with the same data, batch size and number of "
                 "processes, or start anew with --init_from."
             )
+        if self.steps_done == 0 and type(self.method).prepare is not Method.prepare:
+            self.method.prepare(self._batches_of_an_epoch())
         self.method.on_fit_start(self.progress)
         if self._random_state is not None:
             restore_random_state(self._random_state)
@@ -228,6 +230,17 @@ class LitMethod(pl.LightningModule):
             self.shown_metrics[show] = value
         if self.trainer.loggers:
             self.log(name, value, on_step=False, on_epoch=True, rank_zero_only=True)
+
+    def _batches_of_an_epoch(self) -> Iterator[Any]:
+        """The training data once, on the device, which the loader that trains takes no note of."""
+        loader: Any = self.trainer.train_dataloader
+        if isinstance(loader, TrainLoader):
+            loader = loader.in_order(*process())
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "looking_at"):
+                loader = callback.looking_at(loader)
+        for batch in loader:
+            yield self.trainer.strategy.batch_to_device(batch)
 
     def _shared_update(self, portions: Portions, batch_idx: int) -> None:
         """Back-propagate the portions of a loss; step all optimisers if it is time."""

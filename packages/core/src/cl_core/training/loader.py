@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from cl_core.samplers import EpochBatchSampler
 from cl_core.training.data import Data
@@ -36,16 +36,16 @@ class TrainLoader:
             drop_last=drop_last and size >= data.batch_size * _world_size(),
             seed=data.seed,
         )
+        self._batch_size = data.batch_size
         collate: Callable[[list[Any]], Any] = data.collate
-        self._loader: DataLoader[Any] = DataLoader(
-            self.dataset,
-            batch_sampler=self.sampler,
-            collate_fn=collate,
-            num_workers=data.num_workers,
-            pin_memory=pin_memory,
+        self._options: dict[str, Any] = {
+            "collate_fn": collate,
+            "num_workers": data.num_workers,
+            "pin_memory": pin_memory,
             # Of its own, because a loader without one draws from the global state at every epoch.
-            generator=torch.Generator().manual_seed(data.seed),
-        )
+            "generator": torch.Generator().manual_seed(data.seed),
+        }
+        self._loader: DataLoader[Any] = DataLoader(self.dataset, batch_sampler=self.sampler, **self._options)
         self.epoch = 0
         self._used = 0
 
@@ -56,6 +56,11 @@ class TrainLoader:
         self.epoch = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
+
+    def in_order(self, rank: int, world_size: int) -> DataLoader[Any]:
+        """Loader of all items in their order, as they are in this epoch; of several ranks, of every so-many-th."""
+        items = range(rank, len(self.dataset), world_size)  # type: ignore[arg-type]
+        return DataLoader(Subset(self.dataset, items), self._batch_size, **self._options)
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""

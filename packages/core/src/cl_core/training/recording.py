@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,15 @@ class ProgressBar(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Open the bar where training goes on."""
         if trainer.is_global_zero:
-            self._bar = tqdm(
-                total=pl_module.progress.total_steps,
-                initial=pl_module.steps_done,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 10.0,
-                desc="training",
-            )
+            done, total = pl_module.steps_done, pl_module.progress.total_steps
+            self._bar = tqdm(total=total, initial=done, unit="step", desc="training", **_looks())
+
+    def looking_at(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """The batches that a method looks at before it trains, with a bar of their own."""
+        if self._bar is None:
+            return batches
+        bar: Iterable[Any] = tqdm(batches, unit="batch", desc="looking at the data", leave=False, **_looks())
+        return bar
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -176,6 +178,10 @@ class ProgressBar(pl.Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _looks() -> dict[str, Any]:
+    return {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 10.0}
 
 
 def _short(value: float) -> int | float:

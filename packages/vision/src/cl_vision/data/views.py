@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple, Protocol, overload
 
 import torch
@@ -96,7 +97,7 @@ class ViewDataset(Dataset[Views]):
 
     Args:
         images: the images.
-        transform: makes a view.
+        transform: makes a view, or with :class:`~cl_vision.transforms.MultiCrop` views of several sizes.
         rows: rows of ``images`` that take part, shape (M,); None for all.
         num_views: views an image.
         seed: run seed.
@@ -119,6 +120,8 @@ class ViewDataset(Dataset[Views]):
         self.images, self.transform, self.finish = images, transform, finish
         self.rows = torch.arange(len(images)) if rows is None else rows
         self.num_views, self.seed = num_views, seed
+        self._of_views = [transform.of_view(view) for view in range(num_views)]
+        self._together = all(isinstance(maker, BatchTransform) for maker in self._of_views)
         # In shared memory, so that loader workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -140,33 +143,37 @@ class ViewDataset(Dataset[Views]):
         """Views of one image."""
         row = int(self.rows[index])
         image = self.images[row]
-        if isinstance(self.transform, BatchTransform):
-            return self._together(image[None], self.rows[index].view(1), [index])[0]
-        views = [self.transform(image, seed=seed) for seed in self._seeds([index])]
+        if self._together:
+            return self._batch(image[None], self.rows[index].view(1), [index])[0]
+        seeds = self._seeds([index])
+        views = [make(image, seed=seed) for make, seed in zip(self._of_views, seeds, strict=True)]
         if self.finish is not None:
             views = [self.finish(view) for view in views]
         return Views(tuple(views), self.images.labels[row], torch.tensor(index))
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Views]:
         """Views of several images: what torch's loaders ask for in place of one after the other."""
-        if isinstance(self.images, ImageArray) and isinstance(self.transform, BatchTransform) and indices:
+        if isinstance(self.images, ImageArray) and self._together and indices:
             rows = self.rows[torch.tensor(indices)]
-            return self._together(self.images.images[rows], rows, indices)
+            return self._batch(self.images.images[rows], rows, indices)
         return [self[index] for index in indices]
 
-    def _together(self, images: Tensor, rows: Tensor, indices: Sequence[int]) -> ViewBatch:
-        assert isinstance(self.transform, BatchTransform)
+    def _batch(self, images: Tensor, rows: Tensor, indices: Sequence[int]) -> ViewBatch:
+        seeds = iter(torch.tensor(self._seeds(indices)).split(len(indices)))
+        views: list[Tensor] = []
+        for transform, same in groupby(self._of_views):
+            assert isinstance(transform, BatchTransform)
+            views += self._made(transform, images, [next(seeds) for _ in same])
+        return ViewBatch(Views(tuple(views), self.images.labels[rows], torch.tensor(indices)))
+
+    def _made(self, transform: BatchTransform, images: Tensor, seeds: list[Tensor]) -> Sequence[Tensor]:
+        """Views of one transform, for the seeds of each."""
         # Small views are fastest all in one call. Large ones fill it by themselves, and in tensors of their own take
         # blocks of half the size, which the allocator is likelier to have.
-        numbers = images.shape[:2].numel() * self.num_views * self.transform.size**2
-        calls = 1 if numbers <= _ONE_CALL else self.num_views
-        images = images.repeat(self.num_views // calls, 1, 1, 1)
-        made = [
-            self.transform.batch(images, seeds, self.finish)
-            for seeds in torch.tensor(self._seeds(indices)).chunk(calls)
-        ]
-        views = made[0].chunk(self.num_views) if calls == 1 else tuple(made)
-        return ViewBatch(Views(views, self.images.labels[rows], torch.tensor(indices)))
+        if images.shape[:2].numel() * len(seeds) * transform.size**2 > _ONE_CALL:
+            return [transform.batch(images, of_view, self.finish) for of_view in seeds]
+        images = images.repeat(len(seeds), 1, 1, 1)
+        return transform.batch(images, torch.cat(seeds), self.finish).chunk(len(seeds))
 
     def _seeds(self, indices: Sequence[int]) -> list[int]:
         """Seeds of all first views, then of all second ones, and so on."""

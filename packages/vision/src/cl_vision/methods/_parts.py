@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cl_core.losses import ContrastiveLoss
@@ -47,6 +51,20 @@ def with_predictor(
             f"predictor.out_dim must equal the projector's, got {predictor.out_dim} and {projector.out_dim}."
         )
     return projector, predictor
+
+
+def project_crops(encoder: Encoder, projector: Projector, crops: Sequence[Tensor]) -> list[Tensor]:
+    """Unit embeddings of crops (N, C, H, W), shape (N, projector.out_dim) each.
+
+    Crops of one size pass through the encoder together, all of them through the head, whose batch statistics are of
+    all.
+    """
+    features = []
+    for _, of_size in groupby(crops, key=lambda crop: crop.shape[1:]):
+        features.append(encoder(torch.cat(list(of_size))))
+    rows = projector(torch.cat(features))
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return list(F.normalize(rows.to(dtype), dim=1).split([len(crop) for crop in crops]))
 
 
 def two_views(method: Method, batch: Views) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from cl_core.memory import FeatureQueue
 from cl_core.method import Method, Progress
 from cl_core.transforms import PositiveExtrapolation
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_parts, check_views
+from cl_vision.methods._parts import built, check_parts, check_views, project_crops
 from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class SwAV(Method):
         cl-vision fit --config swav/digits
 
     The crops that give codes (``assignment_crops`` of the loss) come first; small crops after them only predict
-    (``--data.num_small_views``). Crops of one size pass through the encoder together, all of them through the head.
+    (``--data.transform MultiCrop``). Crops of one size pass through the encoder together, all of them through the head.
 
     In small batches a queue of earlier embeddings takes part in balancing the codes: one for each crop that gives
     codes, filled from epoch ``queue_from_epoch`` on and used once it is full. Under several processes (a loss with a
@@ -87,7 +86,7 @@ class SwAV(Method):
         """Loss of two or more crops, largest first, a scalar; takes their embeddings into the queue."""
         check_views(self, batch)
         self._warn_of_too_many_prototypes(len(batch.views[0]))
-        embeddings = self.project(batch.views)
+        embeddings = project_crops(self.encoder, self.projector, batch.views)
         scores = [self.scores(rows) for rows in embeddings]
         options = {"queue": self._queue_scores()}
         if self.positive is not None and self.training:
@@ -100,18 +99,10 @@ class SwAV(Method):
                 queue.enqueue(embeddings[crop], group=group)
         return loss
 
-    def project(self, views: tuple[Tensor, ...]) -> list[Tensor]:
-        """Unit embeddings of each crop's images (N, C, H, W), shape (N, projector.out_dim) each."""
-        features = []
-        for _, of_size in groupby(views, key=lambda view: view.shape[1:]):
-            features.append(self.encoder(torch.cat(list(of_size))))
-        rows = F.normalize(self.projector(torch.cat(features)).to(self.prototypes.dtype), dim=1)
-        return list(rows.split([len(view) for view in views]))
-
     def scores(self, rows: Tensor) -> Tensor:
         """Products of rows (N, D) with the prototypes, shape (N, K), in full precision: codes are made of them."""
         with torch.autocast(rows.device.type, enabled=False):
-            return rows @ self.prototypes.t()
+            return rows.to(self.prototypes.dtype) @ self.prototypes.t()
 
     def embed(self, images: Tensor) -> Tensor:
         """Features of images (N, C, H, W), shape (N, encoder.dim)."""
@@ -141,7 +132,7 @@ class SwAV(Method):
         """Scores of the rows of each queue once they are full."""
         if not self.queues or any(queue.filled < queue.size for queue in self.queues):
             return None
-        return [self.scores(queue.embeddings.to(self.prototypes.dtype)) for queue in self.queues]
+        return [self.scores(queue.embeddings) for queue in self.queues]
 
     def _warn_of_too_many_prototypes(self, rows: int) -> None:
         if self._warned or not self.training:

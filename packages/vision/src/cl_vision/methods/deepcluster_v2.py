@@ -1,0 +1,209 @@
+"""DeepCluster-v2: crops find the cluster that their image had in the last epoch's embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cl_core import _checks
+from cl_core._types import Group
+from cl_core.clustering import kmeans
+from cl_core.distributed import shard
+from cl_core.losses import PrototypeLoss
+from cl_core.method import Method, Progress
+from cl_vision.encoders import Encoder
+from cl_vision.methods._parts import built, check_parts, check_views, project_crops
+from cl_vision.projectors import MLPProjector, Projector
+
+if TYPE_CHECKING:
+    from cl_vision.data import Views
+
+
+class DeepClusterV2(Method):
+    """DeepCluster-v2: before each epoch the embeddings are clustered, then crops predict the cluster of their image.
+
+        cl-vision fit --config deepcluster-v2/digits
+
+    A bank holds the last embeddings of every image, of each of the crops that are clustered. Spherical k-means, once
+    for every head, makes prototypes of them, which no gradient moves. The first clustering is of the embeddings of the
+    untrained network: in a loop of your own, call ``method.prepare(loader)`` once and ``on_epoch_start`` before each
+    epoch.
+
+    Args:
+        encoder: what is trained and kept.
+        loss: called with the embeddings of all crops, the prototypes of each head and the clusters of the images, as
+            ``PrototypeNCELoss``.
+        projector: head between encoder and prototypes; None for two layers of 2048 to 128 columns.
+        num_prototypes: clusters of each head.
+        assignment_crops: crops whose embeddings are clustered, one after the other by the heads in turn.
+        kmeans_iterations: passes of k-means, from random rows.
+
+    Cost: the bank, 4 bytes times images, crops and columns, in memory and in checkpoints (1.3 GB for a million images),
+    on each process.
+    Reference: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS
+    2020, arXiv 2006.09882, section 4. The authors' code makes the first embeddings in training mode, with the
+    statistics of batches; these are made in evaluation mode. A bank row belongs to an image, where theirs belong to
+    places in the order of the last epoch, which differs for images that an incomplete batch left out: theirs lose
+    their cluster, ours keep their last embedding.
+    """
+
+    bank: Tensor
+    seen: Tensor
+    assignments: Tensor
+    prototypes: Tensor
+    epoch: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        loss: PrototypeLoss,
+        projector: Projector | None = None,
+        num_prototypes: Sequence[int] = (3000, 3000, 3000),
+        assignment_crops: Sequence[int] = (0, 1),
+        kmeans_iterations: int = 10,
+    ) -> None:
+        super().__init__()
+        check_parts(encoder, loss, PrototypeLoss, called_with="(z, prototypes, assignments)")
+        for name, numbers, least in (
+            ("num_prototypes", num_prototypes, 2),
+            ("assignment_crops", assignment_crops, 0),
+        ):
+            if not numbers:
+                raise ValueError(f"{name} must hold at least one number, got none.")
+            for number in numbers:
+                _checks.count(name, number, at_least=least)
+        _checks.count("kmeans_iterations", kmeans_iterations)
+        self.encoder, self.criterion = encoder, loss
+        projector = projector or MLPProjector(hidden_dim=2048)
+        self.projector = built("projector", projector, encoder.dim, "the encoder's dim")
+        self.num_prototypes, self.assignment_crops = list(num_prototypes), list(assignment_crops)
+        self.kmeans_iterations = kmeans_iterations
+        self.register_buffer("prototypes", torch.zeros(sum(num_prototypes), self.projector.out_dim))
+        self.register_buffer("epoch", torch.tensor(-1))  # whose clusters these are
+        self._resize(0)
+
+    @property
+    def heads(self) -> tuple[Tensor, ...]:
+        """Prototypes of each head, unit rows of shape (K, projector.out_dim)."""
+        return self.prototypes.split(self.num_prototypes)
+
+    def loss(self, batch: Views) -> Tensor:
+        """Loss of two or more crops, largest first, a scalar; takes embeddings into the bank."""
+        check_views(self, batch)
+        self._check_crops(batch)
+        if self.epoch < 0 or batch.index.max() >= len(self.seen):
+            raise RuntimeError(
+                f"DeepClusterV2 has clusters of {len(self.seen)} images, got image {int(batch.index.max())}: call "
+                "method.prepare(loader) with a loader over all images before training."
+            )
+        crops = project_crops(self.encoder, self.projector, batch.views)
+        clusters = self.assignments[:, batch.index].repeat(1, len(crops))
+        loss = self.criterion(torch.cat(crops), list(self.heads), clusters.unbind())
+        if self.training:
+            self._remember(batch.index, [crops[crop] for crop in self.assignment_crops])
+        return loss
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features of images (N, C, H, W), shape (N, encoder.dim)."""
+        return self.encoder(images)
+
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[Any]) -> None:
+        """Embed all images once and cluster them."""
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        index, rows = [], []
+        for batch in batches:
+            self._check_crops(batch)
+            crops = [batch.views[crop] for crop in self.assignment_crops]
+            rows.append(torch.stack(project_crops(self.encoder, self.projector, crops), 1))
+            index.append(batch.index)
+        for module, mode in modes.items():
+            module.training = mode
+        if not rows:
+            raise ValueError("batches must hold at least one batch, got none.")
+        all_index, *all_rows = _of_all_ranks(self._group, torch.cat(index), torch.cat(rows).unbind(1))
+        self._resize(int(all_index.max()) + 1)
+        self._write(all_index, all_rows)
+        self._cluster(epoch=0)
+
+    def on_epoch_start(self, progress: Progress) -> None:
+        """Cluster what the last epoch left in the bank, unless this epoch has its clusters."""
+        if len(self.seen) and self.epoch != progress.epoch:
+            self._cluster(progress.epoch)
+
+    @property
+    def _group(self) -> Group:
+        return getattr(self.criterion, "group", None)
+
+    def _check_crops(self, batch: Views) -> None:
+        if max(self.assignment_crops) >= len(batch.views):
+            raise ValueError(
+                f"DeepClusterV2 clusters crops {self.assignment_crops}, counted from 0, got {len(batch.views)} of "
+                f"them: pass --data.num_views {max(self.assignment_crops) + 1} or more."
+            )
+
+    @torch.no_grad()
+    def _cluster(self, epoch: int) -> None:
+        rows = self.seen.nonzero().squeeze(1)
+        if len(rows) < max(self.num_prototypes):
+            raise ValueError(
+                f"num_prototypes must be at most the number of images, {len(rows)}, got {max(self.num_prototypes)}."
+            )
+        # Processes hold equal banks and share the work; the first one's random rows decide.
+        split = shard(rows, self._group)
+        own = rows[split.rank :: split.world_size]
+        where = shard(own, self._group).gather(own)
+        self.assignments.fill_(-1)
+        for head, (prototypes, clusters) in enumerate(zip(self.heads, self.assignments, strict=True)):
+            bank = self.bank[head % len(self.bank)]
+            found = kmeans(
+                bank[own],
+                len(prototypes),
+                metric="cosine",
+                initial=bank[self._start(rows, len(prototypes))],
+                max_iterations=self.kmeans_iterations,
+                tolerance=0,
+                empty="keep",
+                group=self._group,
+            )
+            prototypes.copy_(found.centroids)
+            clusters[where] = shard(own, self._group).gather(found.assignments)
+        self.epoch.fill_(epoch)
+
+    def _start(self, rows: Tensor, clusters: int) -> Tensor:
+        """Rows of the bank that k-means starts from."""
+        return rows[torch.randperm(len(rows))[:clusters].to(rows.device)]
+
+    @torch.no_grad()
+    def _remember(self, index: Tensor, crops: Sequence[Tensor]) -> None:
+        all_index, *rows = _of_all_ranks(self._group, index, crops)
+        self._write(all_index, rows)
+
+    def _write(self, index: Tensor, crops: Sequence[Tensor]) -> None:
+        for bank, rows in zip(self.bank, crops, strict=True):
+            bank[index] = rows.to(bank.dtype)
+        self.seen[index] = True
+
+    def _resize(self, images: int) -> None:
+        like = self.prototypes
+        crops, heads = len(self.assignment_crops), len(self.num_prototypes)
+        self.register_buffer("bank", like.new_zeros(crops, images, like.shape[1]))
+        self.register_buffer("seen", torch.zeros(images, dtype=torch.bool, device=like.device))
+        start = torch.full((heads, images), -1, dtype=torch.int64, device=like.device)
+        self.register_buffer("assignments", start)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(prefix + "seen")
+        if isinstance(stored, Tensor) and stored.ndim == 1 and len(stored) != len(self.seen):
+            self._resize(len(stored))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _of_all_ranks(group: Group, index: Tensor, crops: Sequence[Tensor]) -> list[Tensor]:
+    """The index and the rows of each crop, of all ranks."""
+    split = shard(index, group)
+    return [split.gather(part.detach()) for part in (index, *crops)]
