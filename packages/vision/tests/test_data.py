@@ -187,6 +187,20 @@ def test_a_loader_goes_on_where_it_was_stopped(images, workers):
     assert all(torch.equal(found[index], wanted[index]) for index in range(12))
 
 
+def test_ranks_look_at_all_items_in_order(images):
+    """What a method sees before it trains: the views of the epoch, each item once, whatever the batch size."""
+    loader = TrainLoader(Held(images, batch_size=4))
+    parts = [list(loader.in_order(rank, 3)) for rank in range(3)]
+    assert [[batch.index.tolist() for batch in part] for part in parts] == [
+        [[rank, rank + 3, rank + 6, rank + 9]] for rank in range(3)
+    ]
+    data = Held(images).train_dataset()
+    assert same_views(parts[1][0], collate_views([data[index] for index in (1, 4, 7, 10)]))
+    assert loader.state_dict() == {"epoch": 0, "used": 0}
+    (batch,) = loader.in_order(0, 40)
+    assert batch.index.tolist() == [0]
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_give_the_views_of_the_main_process(images, persistent):
     data = ViewDataset(images, SimCLRTransform(12), seed=1)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cl_core import diagnostics
-from cl_core.losses._base import ContrastiveLoss, LabelledLoss, PredictionLoss, TwoViewLoss
+from cl_core.losses._base import ClassPairLoss, ContrastiveLoss, LabelledLoss, PredictionLoss, TwoViewLoss
 from cl_core.momentum import ExponentialMovingAverage
 from cl_core.scores import _temperature_of
 from cl_core.training.data import Data
@@ -61,8 +61,9 @@ class Diagnostics(pl.Callback):
 
     For losses with a temperature also the factor q by which InfoNCE's gradient shrinks (``train/npc_factor``), and what
     the loss itself measures. Reads the embeddings that the method hands to its ``criterion`` in the last batch of an
-    epoch, of several views the first two. Of a criterion that takes neither views, nor queries and keys, nor
-    predictions and targets, nor labelled rows only its own measures are reported.
+    epoch, of several views the first two; rows with labels are positives where their labels are equal, also those of a
+    loss of class pairs. Of a criterion that takes neither views, nor queries and keys, nor predictions and targets, nor
+    labelled rows only its own measures are reported.
 
     Args:
         folder: where ``similarities.safetensors`` is written, samples of the similarities over training.
@@ -142,8 +143,11 @@ class Diagnostics(pl.Callback):
         # Now, as a queue has taken in these keys when the epoch ends.
         self._measures = module.measures(*inputs, **options)  # type: ignore[operator]
         self._advice = module.advice(self._measures) if self._measures else None  # type: ignore[operator]
-        known = isinstance(module, TwoViewLoss | LabelledLoss | PredictionLoss)
-        pair = first_pair(inputs) if known else None
+        pair = None
+        if isinstance(module, ClassPairLoss):
+            pair = inputs[0], inputs[2]
+        elif isinstance(module, TwoViewLoss | LabelledLoss | PredictionLoss):
+            pair = first_pair(inputs)
         if pair is None:
             return
         first, second = (value.detach() for value in pair)
