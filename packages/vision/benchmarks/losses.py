@@ -1,4 +1,4 @@
-"""Loss steps of the methods beside the form that the published code uses: time and peak memory.
+"""Loss steps of the methods beside the form that the published code uses, and beside lightly: time and peak memory.
 
     uv run --all-packages python packages/vision/benchmarks/losses.py [NAME ...] [--write]
 
@@ -8,6 +8,8 @@ reads. A step is forward and backward to the embeddings. Each repetition times o
 a ratio is a median over repetitions. Values must agree before anything is timed. One thread; set OMP_NUM_THREADS for
 more. Peak memory is the high water of resident memory over a step, less what was resident before, in a process of its
 own. ``--write`` puts the table into RESULTS.md.
+
+lightly takes part where it can be imported, and is no dependency; augmentation.py says how to have it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_core.functional import amcl_loss, cacr_loss, gated_pair_loss
+from cl_core.functional import amcl_loss, cacr_loss, dcl_loss, dclw_loss, gated_pair_loss, swav_loss
 from cl_core.temperatures import PairTemperature
 
 RESULTS = Path(__file__).resolve().parents[1] / "RESULTS.md"
@@ -46,6 +48,7 @@ class Case:
         ours: our loss.
         published: the published form; None where it would take more than ten gigabytes and is not tried.
         tangential: whether the published form takes rows as of unit length, so that its gradient has a part along them.
+        lightly: lightly's loss, where it has it and can be imported.
     """
 
     method: str
@@ -54,6 +57,16 @@ class Case:
     ours: Callable[[Tensor], Tensor]
     published: Callable[[Tensor], Tensor] | None
     tangential: bool = True
+    lightly: Callable[[Tensor], Tensor] | None = None
+
+
+def lightly_loss(name: str, **options: float) -> Callable[..., Tensor] | None:
+    try:
+        from lightly import loss
+    except ImportError:
+        return None
+    found: Callable[..., Tensor] = getattr(loss, name)(**options)
+    return found
 
 
 def unit_views(views: int, rows: int, width: int) -> Callable[[], Tensor]:
@@ -62,6 +75,68 @@ def unit_views(views: int, rows: int, width: int) -> Callable[[], Tensor]:
         return F.normalize(torch.randn(views, rows, width, generator=generator), dim=2)
 
     return make
+
+
+def published_dcl(views: Tensor, temperature: float = 0.1, sigma: float | None = None) -> Tensor:
+    """Own and other view of each anchor in one matrix, the own sample's entries put out of the way by log(1e-45)."""
+    total = views.new_zeros(())
+    away = torch.eye(views.shape[1], dtype=views.dtype).repeat(1, 2) * torch.tensor(1e-45).log()
+    for z, other in (views, views.flip(0)):
+        cross = z @ other.T
+        positive = cross.diag() / temperature
+        if sigma is not None:
+            positive = positive * (2 - len(z) * (cross.diag() / sigma).softmax(0)).detach()
+        all_pairs = torch.cat([z @ z.T, cross], 1) / temperature
+        total = total + (torch.logsumexp(all_pairs + away, 1) - positive).mean() / 2
+    return total
+
+
+def dcl(rows: int, width: int, *, weighted: bool = False, fits: bool = True) -> Case:
+    options = {"sigma": 0.5} if weighted else {}
+    ours = dclw_loss if weighted else dcl_loss
+    theirs = lightly_loss("DCLWLoss" if weighted else "DCLLoss", temperature=0.1, **options)
+    return Case(
+        "DCLW" if weighted else "DCL",
+        f"2 views of {rows} x {width}",
+        unit_views(2, rows, width),
+        lambda z: ours(z[0], z[1], temperature=0.1, **options),
+        (lambda z: published_dcl(z, **options)) if fits else None,
+        lightly=None if theirs is None or not fits else lambda z: theirs(z[0], z[1]),
+    )
+
+
+def published_swav(scores: Tensor, epsilon: float = 0.05, temperature: float = 0.1) -> Tensor:
+    """Plain exponentials, normalised in place three times; a log-softmax for every pair of code and prediction."""
+    crops, rows, prototypes = scores.shape
+    total = scores.new_zeros(())
+    for crop in range(2):
+        with torch.no_grad():
+            codes = torch.exp(scores[crop] / epsilon).t()
+            codes /= codes.sum()
+            for _ in range(3):
+                codes /= codes.sum(1, keepdim=True)
+                codes /= prototypes
+                codes /= codes.sum(0, keepdim=True)
+                codes /= rows
+            codes = (codes * rows).t()
+        others = [other for other in range(crops) if other != crop]
+        for other in others:
+            predicted = F.log_softmax(scores[other] / temperature, 1)
+            total = total - (codes * predicted).sum(1).mean() / len(others) / 2
+    return total
+
+
+def swav(crops: int, rows: int, prototypes: int) -> Case:
+    theirs = lightly_loss("SwaVLoss", temperature=0.1)
+    return Case(
+        "SwAV",
+        f"{crops} crops of {rows}, {prototypes} prototypes",
+        lambda: torch.rand(crops, rows, prototypes, generator=torch.Generator().manual_seed(0)) - 0.5,
+        lambda scores: swav_loss(*scores),
+        published_swav,
+        tangential=False,
+        lightly=None if theirs is None else lambda scores: theirs(list(scores[:2]), list(scores[2:])),
+    )
 
 
 def published_cacr(views: Tensor, t_pos: float = 1.0, t_neg: float = 2.0) -> Tensor:
@@ -159,6 +234,12 @@ def amcl(rows: int, width: int, heads: int = 3, *, fits: bool = True) -> Case:
 
 
 CASES = [
+    dcl(256, 128),
+    dcl(4096, 128),
+    dcl(16384, 128, fits=False),
+    dcl(4096, 128, weighted=True),
+    swav(2, 256, 3000),
+    swav(8, 256, 3000),
     cacr(2, 128, 128),
     cacr(5, 128, 128),
     cacr(2, 1024, 128),
@@ -181,15 +262,16 @@ def step(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
 
 def check(case: Case) -> None:
     """Values and gradients must agree in float64; of a published form that keeps a radial part, the tangential one."""
-    if case.published is None:
-        return
     z = case.given()[:, :64].double()
-    ours, theirs = step(case.ours, z), step(case.published, z)
-    torch.testing.assert_close(ours[0], theirs[0])
-    gradient = theirs[1]
-    if case.tangential:
-        gradient = gradient - (gradient * z).sum(-1, keepdim=True) * z
-    torch.testing.assert_close(ours[1], gradient)
+    value, ours = step(case.ours, z)
+    for other in (case.published, case.lightly):
+        if other is None:
+            continue
+        theirs, gradient = step(other, z)
+        torch.testing.assert_close(value, theirs.reshape(()))
+        if case.tangential:
+            gradient = gradient - (gradient * z).sum(-1, keepdim=True) * z
+        torch.testing.assert_close(ours, gradient)
 
 
 def seconds(loss: Callable[[Tensor], Tensor], z: Tensor) -> float:
@@ -198,17 +280,19 @@ def seconds(loss: Callable[[Tensor], Tensor], z: Tensor) -> float:
     return (time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()) - start
 
 
-def times(case: Case, repetitions: int) -> dict[str, float]:
+def times(case: Case, repetitions: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each form, and the median ratio to ours."""
     z = case.given()
+    forms = {"ours": case.ours, "published": case.published, "lightly": case.lightly}
+    taking_part = {name: loss for name, loss in forms.items() if loss is not None}
     step(case.ours, z)
-    pairs = []
-    for _ in range(repetitions):
-        ours = seconds(case.ours, z)
-        pairs.append((ours, seconds(case.published, z) if case.published else float("nan")))
+    rounds = [{name: seconds(loss, z) for name, loss in taking_part.items()} for _ in range(repetitions)]
     return {
-        "ours": statistics.median(ours for ours, _ in pairs),
-        "published": statistics.median(theirs for _, theirs in pairs),
-        "ratio": statistics.median(theirs / ours for ours, theirs in pairs),
+        name: (
+            statistics.median(each[name] for each in rounds),
+            statistics.median(each[name] / each["ours"] for each in rounds),
+        )
+        for name in taking_part
     }
 
 
@@ -226,8 +310,7 @@ def status(field: str) -> float:
 
 def measure_peak(number: int, form: str) -> float:
     case = CASES[number]
-    loss = case.ours if form == "ours" else case.published
-    assert loss is not None
+    loss: Callable[[Tensor], Tensor] = getattr(case, form)
     z = case.given()
     step(loss, z[:, :32].contiguous())  # what is loaded once
     before = status("VmRSS")
@@ -236,21 +319,28 @@ def measure_peak(number: int, form: str) -> float:
     return status("VmHWM") - before
 
 
+def short(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
 def table(names: list[str], repetitions: int) -> list[str]:
     lines = [
-        "| loss | size | ours, ms | published form, ms | ratio | ours, MB | published form, MB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| loss | size | ours, ms | published form, ms | ratio | lightly, ms | ratio | ours, MB | published form, MB | "
+        "lightly, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for number, case in enumerate(CASES):
         if names and case.method not in names:
             continue
         check(case)
         found = times(case, repetitions)
-        memory = [peak(number, "ours"), peak(number, "published") if case.published else float("nan")]
-        cells = [f"{1000 * found['ours']:.1f}", f"{1000 * found['published']:.0f}", f"{found['ratio']:.0f}"]
-        cells += [f"{value:.0f}" for value in memory]
-        if case.published is None:
-            cells[1] = cells[2] = cells[4] = "not run"
+        cells = [short(1000 * found["ours"][0])]
+        for form in ("published", "lightly"):
+            middle, ratio = found.get(form, (None, None))
+            cells += [""] * 2 if middle is None else [short(1000 * middle), short(ratio)]
+        cells += [
+            f"{peak(number, form):.0f}" if form in found else "" for form in ("ours", "published", "lightly")
+        ]
         lines.append(f"| {case.method} | {case.size} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     return lines
