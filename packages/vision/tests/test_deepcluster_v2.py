@@ -112,7 +112,9 @@ def test_bad_use_gets_one_sentence():
         deepcluster(num_prototypes=())
     with pytest.raises(ValueError, match="num_prototypes must be at most the number of images, 24, got 25"):
         deepcluster(num_prototypes=(25,)).prepare([crops()])
-    with pytest.raises(RuntimeError, match=r"clusters of 0 images, got image 23: call method\.prepare"):
+    with pytest.raises(
+        ValueError, match=r"clusters of 0 images, got one of a higher number: call method\.prepare"
+    ):
         deepcluster()(crops())
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         deepcluster().prepare([])
@@ -122,7 +124,7 @@ def test_bad_use_gets_one_sentence():
         deepcluster(assignment_crops=(0, 4)).prepare([crops()])
     method = deepcluster()
     method.prepare([crops()])
-    with pytest.raises(RuntimeError, match="clusters of 24 images, got image 24"):
+    with pytest.raises(ValueError, match="clusters of 24 images, got one of a higher number"):
         method(crops(first=1))
 
 
@@ -152,6 +154,12 @@ def on_a_rank(group, batches):
     def part(batch):
         return Views(tuple(v[own].double() for v in batch.views), batch.labels[own], batch.index[own])
 
+    torch.manual_seed(5)
+    if group is not None:
+        method.criterion.group = None
+        with pytest.raises(ValueError, match="loss must have a group where several processes train"):
+            method.prepare([part(batches[0])])
+        method.criterion.group = group
     torch.manual_seed(5)
     method.prepare([part(batches[0])])
     losses = []

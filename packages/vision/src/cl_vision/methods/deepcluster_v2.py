@@ -94,11 +94,11 @@ class DeepClusterV2(Method):
         """Loss of two or more crops, largest first, a scalar; takes embeddings into the bank."""
         check_views(self, batch)
         self._check_crops(batch)
-        if self.epoch < 0 or batch.index.max() >= len(self.seen):
-            raise RuntimeError(
-                f"DeepClusterV2 has clusters of {len(self.seen)} images, got image {int(batch.index.max())}: call "
-                "method.prepare(loader) with a loader over all images before training."
-            )
+        _checks.require(
+            (batch.index < len(self.seen)).all(),
+            f"DeepClusterV2 has clusters of {len(self.seen)} images, got one of a higher number: call "
+            "method.prepare(loader) with a loader over all images before training.",
+        )
         crops = project_crops(self.encoder, self.projector, batch.views)
         clusters = self.assignments[:, batch.index].repeat(1, len(crops))
         loss = self.criterion(torch.cat(crops), list(self.heads), clusters.unbind())
@@ -113,16 +113,24 @@ class DeepClusterV2(Method):
     @torch.no_grad()
     def prepare(self, batches: Iterable[Any]) -> None:
         """Embed all images once and cluster them."""
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._group is None and several and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "loss must have a group where several processes train DeepClusterV2, so that all of them cluster all "
+                "images: pass --model.loss.group world."
+            )
         modes = {module: module.training for module in self.modules()}
         self.eval()
         index, rows = [], []
-        for batch in batches:
-            self._check_crops(batch)
-            crops = [batch.views[crop] for crop in self.assignment_crops]
-            rows.append(torch.stack(project_crops(self.encoder, self.projector, crops), 1))
-            index.append(batch.index)
-        for module, mode in modes.items():
-            module.training = mode
+        try:
+            for batch in batches:
+                self._check_crops(batch)
+                crops = [batch.views[crop] for crop in self.assignment_crops]
+                rows.append(torch.stack(project_crops(self.encoder, self.projector, crops), 1))
+                index.append(batch.index)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         if not rows:
             raise ValueError("batches must hold at least one batch, got none.")
         all_index, *all_rows = _of_all_ranks(self._group, torch.cat(index), torch.cat(rows).unbind(1))
