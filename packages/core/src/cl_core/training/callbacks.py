@@ -144,7 +144,7 @@ class Diagnostics(pl.Callback):
         self._advice = module.advice(self._measures) if self._measures else None  # type: ignore[operator]
         known = isinstance(module, TwoViewLoss | LabelledLoss | PredictionLoss)
         pair = first_pair(inputs) if known else None
-        if pair is None:
+        if pair is None or not len(pair[0]):  # a rank may hold no row
             return
         first, second = (value.detach() for value in pair)
         self._seen = (first.float(), second.float() if second.is_floating_point() else second)
