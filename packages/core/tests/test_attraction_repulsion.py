@@ -179,6 +179,35 @@ def test_one_query_is_info_nce():
         )
 
 
+def momentum_definition(queries, key, temperature, cost):
+    weights = torch.stack([(q - key).square().sum(1) for q in queries]).div(temperature).softmax(0).detach()
+    total = 0
+    for query, weight in zip(queries, weights, strict=True):
+        logits = query @ key.T / temperature
+        if cost == "rbf":
+            values = logits.logsumexp(1) - logits.diagonal()
+        else:
+            others = negatives_of(logits)
+            expected = (others.softmax(1).detach() * others).sum(1)
+            values = temperature * (expected - logits.diagonal())
+        total = total + (weight * values).mean()
+    return total
+
+
+@pytest.mark.parametrize("impl", ["dense", "tiled"])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("cost", ["euclidean", "rbf"])
+def test_momentum_form_is_its_definition(cost, unit, impl):
+    """Rows as they are have lengths of their own, which count in the weights of the queries."""
+    *queries, key = views(4, unit=False)
+    queries = [query * (1 + i) for i, query in enumerate(queries)]
+    rows = [F.normalize(z, dim=1) if unit else z for z in (*queries, key.detach())]
+    wanted = momentum_definition(rows[:-1], rows[-1], 0.7, cost)
+    found = cacr_momentum_loss(queries, key, temperature=0.7, cost=cost, normalize=unit, impl=impl)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, queries), torch.autograd.grad(wanted, queries))
+
+
 def test_keys_are_constants():
     query, key = views(2)
     loss = cacr_momentum_loss(query, key)
@@ -203,11 +232,24 @@ def test_equal_rows_have_finite_gradients():
 
 def test_weights_as_sharp_as_wanted_stay_finite():
     rows = [z.float() for z in views(3)]
-    for options in ({"t_pos": 1e6}, {"t_neg": 1e6}, {"t_neg": 1e-30}, {"cost": "rbf", "rbf_t": 1e4}):
+    sharpest = [{"t_pos": 1e12}, {"t_neg": 1e12}, {"cost": "rbf", "rbf_t": 1e12, "t_neg": 1e12}]
+    for options in (*sharpest, {"t_neg": 1e6}, {"t_neg": 1e-30}, {"cost": "rbf", "rbf_t": 1e4}):
         for impl in ("dense", "tiled"):
             loss = cacr_loss(rows, impl=impl, **options)
             assert loss.isfinite()
             assert all(g.isfinite().all() for g in torch.autograd.grad(loss, rows))
+
+
+@pytest.mark.parametrize("impl", ["dense", "tiled"])
+@pytest.mark.parametrize("t_neg", [1e4, 1e9, 1e12])
+def test_sharp_weights_have_the_gradient_of_the_nearest_negative(t_neg, impl):
+    x, y = (z.detach().float().requires_grad_() for z in views(2))
+    loss = cacr_loss(x, y, t_neg=t_neg, alpha=0.0, impl=impl)
+    nearest = -negatives_of(squared(F.normalize(x, dim=1), F.normalize(y, dim=1))).amin(1).mean()
+    for found, wanted in zip(
+        torch.autograd.grad(loss, (x, y)), torch.autograd.grad(nearest, (x, y)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +259,16 @@ def test_weights_as_sharp_as_wanted_stay_finite():
         (lambda: cacr_loss(torch.ones(1, 2), torch.ones(1, 2)), "at least 2 rows"),
         (lambda: cacr_loss(*views(2), t_pos=-1.0), "t_pos must be at least 0"),
         (lambda: cacr_loss(*views(2), t_neg=float("nan")), "t_neg must be a finite"),
+        (lambda: cacr_loss(*views(2), t_pos=1e38), r"t_pos must be at most 1000000000000"),
+        (lambda: cacr_loss(*views(2), cost="rbf", rbf_t=1e38), r"rbf_t must be at most 1000000000000"),
+        (lambda: cacr_loss(views(1)[0], views(1)[0][:5]), "z1 and z2 must have the same shape"),
+        (lambda: cacr_loss([*views(2), views(1)[0] / 0]), "z3 must be finite"),
+        (lambda: cacr_queue_loss(["rows"], views(1), torch.ones(4, 5)), "query must be a tensor"),
+        (
+            lambda: cacr_queue_loss(views(2), [*views(1), None], torch.ones(4, 5)),
+            r"key\[1\] must be a tensor",
+        ),
+        (lambda: cacr_momentum_loss(views(2), views(1)[0] / 0), "key must be finite"),
         (lambda: cacr_loss(*views(2), tau_plus=1.0), "tau_plus must be in"),
         (lambda: cacr_loss(*views(2), tau_plus=0.1, cost="rbf"), "tau_plus needs cost='euclidean'"),
         (lambda: cacr_loss(*views(2), cost="cosine"), "cost must be one of"),

@@ -202,6 +202,8 @@ def test_a_queue_that_all_ranks_hold_counts_once(ranks):
     [
         ({"assignment_crops": ()}, "assignment_crops must name"),
         ({"assignment_crops": (0, 0)}, "assignment_crops must name"),
+        ({"assignment_crops": torch.arange(2)}, "assignment_crops must be a sequence of numbers, got Tensor"),
+        ({"queue": 3}, "queue must be a tensor or a sequence of tensors, got int"),
         ({"assignment_crops": (0, 2)}, "scores must be at least 3 tensors"),
         ({"assignment_crops": (-1,)}, "assignment_crops must be at least 0"),
         ({"epsilon": 0.0}, "epsilon must be"),
@@ -213,10 +215,10 @@ def test_a_queue_that_all_ranks_hold_counts_once(ranks):
 )
 def test_swav_refuses_in_one_sentence(change, message):
     scores = [cosines(5, 4, v).float() for v in range(2)]
-    with pytest.raises(ValueError, match=rf"^(?=.*{message}).*\.$"):
+    with pytest.raises((ValueError, TypeError), match=rf"^(?=.*{message}).*\.$"):
         swav_loss(*scores, **change)
     if "queue" not in change and "at least 3" not in message:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             SwAVLoss(**change)
     with pytest.raises(ValueError, match=r"scores must be at least 2 tensors, one a crop .*, got 1"):
         swav_loss(scores)
@@ -367,6 +369,9 @@ def test_group_contracts_of_other_settings(ranks):
         ({"assignments": torch.zeros(8, dtype=torch.int64)}, "assignments must have shape"),
         ({"prototypes": torch.ones(5, 3, dtype=torch.float64)}, "must have the same number of columns"),
         ({"prototypes": [torch.ones(5, 4)] * 2}, "must be given for the same clusterings"),
+        ({"prototypes": None}, "prototypes must be a tensor or a sequence of tensors, got NoneType"),
+        ({"assignments": None}, "assignments must be a tensor or a sequence of tensors, got NoneType"),
+        ({"concentration": 0.1}, "concentration must be a tensor or a sequence of tensors, got float"),
         ({"concentration": torch.ones(4)}, r"concentration must be a tensor of shape \(5,\), got \(4,\)"),
         ({"concentration": torch.zeros(5)}, "concentration must be finite and > 0"),
         (
@@ -384,7 +389,7 @@ def test_prototype_nce_refuses_in_one_sentence(change, message):
         "prototypes": centres,
         "assignments": [index] if isinstance(change.get("prototypes"), list) else index,
     }
-    with pytest.raises(ValueError, match=rf"^(?=.*{message}).*\.$"):
+    with pytest.raises((ValueError, TypeError), match=rf"^(?=.*{message}).*\.$"):
         prototype_nce_loss(z, **(given | change))
 
 
@@ -417,5 +422,7 @@ def test_codes_may_be_made_of_other_scores_than_predict():
     torch.testing.assert_close(found, -(q[0] * log_p[1] + q[1] * log_p[0]).sum(1).mean() / 2)
     torch.testing.assert_close(swav_loss(*codes_of, predictions=codes_of), swav_loss(*codes_of))
     assert all(g is None for g in torch.autograd.grad(found, codes_of, allow_unused=True))
+    with pytest.raises(TypeError, match=r"predictions must be a tensor or a sequence of tensors, got int\."):
+        swav_loss(*codes_of, predictions=3)
     with pytest.raises(ValueError, match="predictions must hold one tensor for each of the 2 crops, got 1"):
         swav_loss(*codes_of, predictions=predicting[:1])

@@ -20,6 +20,7 @@ from cl_core.functional import (
 )
 from cl_core.losses import (
     AlignmentLoss,
+    AMCLLoss,
     BarlowTwinsLoss,
     CACRLoss,
     DCLLoss,
@@ -516,6 +517,18 @@ def test_tells_hosts_what_they_ask():
     assert module.group is None and not hasattr(module, "temperature")
 
 
+@pytest.mark.parametrize("queue", [True, False])
+def test_measures_what_the_loss_measures(queue):
+    q, k, z = given()
+    loss = CACRLoss()
+    module = FeatureTransform(loss, positive=PositiveExtrapolation())
+    options = {"negatives": z} if queue else {}
+    found = module.measures(q, k, generator=seeded(), **options)
+    assert found == loss.measures(q, k, **options)
+    loss.advice = lambda measures: f"{len(measures)} numbers."
+    assert module.advice(found) == f"{len(found)} numbers."
+
+
 def test_temperature_may_be_learnt():
     q, k, z = given()
     module = FeatureTransform(InfoNCELoss(T), **both())
@@ -755,7 +768,26 @@ def test_ranks_draw_for_themselves(world_size, ranks):
         ),
         (
             lambda q, k, z: transformed_info_nce_loss(q, k, z, positive_lam=torch.ones(5)),
-            "lam must be a number",
+            "positive_lam must be a number",
+        ),
+        (
+            lambda q, k, z: transformed_info_nce_loss(q, k, z, negative_lam="a", permutation=z),
+            "negative_lam must be a number",
+        ),
+        (
+            lambda q, k, z: transformed_info_nce_loss(q, k, z, negative_lam=0.5, permutation=z),
+            "permutation must hold integers",
+        ),
+        (lambda q, k, z: transformed_info_nce_loss(q, k, z, renormalize=1), "renormalize must be True or"),
+        (
+            lambda q, k, z: FeatureTransform(AMCLLoss(2, heads=2), positive=PositiveExtrapolation()),
+            "loss must scale whole rows to unit length",
+        ),
+        (
+            lambda q, k, z: FeatureTransform(
+                AMCLLoss(2, heads=1, raw_input=True), positive=PositiveExtrapolation()
+            ),
+            "loss must scale whole rows to unit length",
         ),
         (
             lambda q, k, z: transformed_info_nce_loss(q, k, z, temperature=0.0),

@@ -73,6 +73,15 @@ def test_a_single_pair_while_training_takes_the_running_statistics():
     assert made(labels[:0], partners[:0]).shape == (0, 8)  # a rank without rows
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype):
+    made, (labels, partners) = gate().eval(), pairs()
+    assert torch.equal(made(labels.to(dtype), partners.to(dtype)), made(labels, partners))
+    assert torch.equal(made.lookup(labels.to(dtype), partners), made(labels, partners))
+    some = torch.tensor([1, 4])
+    assert torch.equal(made.gates_of_all_pairs(some.to(dtype)).gates, made.gates_of_all_pairs(some).gates)
+
+
 def test_lookups_leave_no_trace():
     made, (labels, partners) = gate(), pairs()
     made.mlp[1].eval()  # frozen by its owner
@@ -124,6 +133,11 @@ def test_the_embedding_does_not_decay():
         (lambda: gate()(torch.tensor([0, 1]), torch.tensor([0, -1])), r"partners must lie in \[0, 6\)"),
         (lambda: gate()(torch.tensor([0, 1]), torch.tensor([0])), "partners must have shape"),
         (lambda: gate()(torch.tensor([0.0, 1.0])), "labels must hold integers"),
+        (lambda: gate()(3), "labels must be an integer tensor"),
+        (lambda: gate()(torch.tensor(3)), "labels must have shape"),
+        (lambda: gate().lookup([0, 1]), "labels must be an integer tensor"),
+        (lambda: gate().lookup(*pairs(4).split([1, 1])), "labels must have shape"),
+        (lambda: gate().gates_of_all_pairs([0, 1]), "labels must be an integer tensor"),
         (lambda: PairGate(6, 8, fusion="sum"), "fusion must be one of"),
         (lambda: PairGate(0, 8), "num_classes must be at least 1"),
         (lambda: gate_entropy(torch.full((2, 3), 1.5)), r"gates must lie in \[0, 1\]"),
@@ -190,6 +204,7 @@ def test_cosine_overlap():
     torch.testing.assert_close(gate_overlap(gates, others), wanted)
     torch.testing.assert_close(gate_overlap(gates).diagonal(), torch.ones(7, dtype=torch.float64))
     assert not gate_overlap(gates.requires_grad_()).requires_grad
+    torch.testing.assert_close(gate_overlap(gates, others.float()), wanted.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "jaccard"])

@@ -75,6 +75,23 @@ def test_group_contract(name, world_size, ranks):
     check_group(LOSSES[name], ranks, world_size)
 
 
+@pytest.mark.parametrize("impl", ["dense", "tiled"])
+@pytest.mark.parametrize(
+    "name", ["InfoNCELoss", "NTXentLoss", "DCLLoss", "CACRMomentumLoss", "GatedPairLoss"]
+)
+def test_the_coldest_temperature_has_its_gradient(name, impl):
+    """Up to what rounding leaves of logits: the hardest negative alone counts."""
+    loss = LOSSES[name]
+    of_type = []
+    for dtype in (torch.float32, torch.float64):
+        given = inputs(loss, dtype=dtype)
+        value = loss(temperature=1e-12, impl=impl)(*given)
+        of_type.append([1e-12 * g.double() for g in torch.autograd.grad(value, given[0])])
+    torch.testing.assert_close(*of_type, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="temperature must be at least 1e-12"):
+        loss(temperature=1e-13, impl=impl)(*inputs(loss))
+
+
 def memory():
     """Rows that are the same on all ranks, and their labels."""
     rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -318,6 +318,19 @@ def test_pooling_some_anchors_at_a_time_changes_nothing(monkeypatch):
         torch.testing.assert_close(*results)
 
 
+def test_a_function_that_draws_is_differentiated_as_it_drew(monkeypatch):
+    """Also where the backward computes it again, one anchor at a time."""
+    monkeypatch.setattr(multi_head, "_GRID_ENTRIES", 1)
+    z1, z2 = (z.detach() for z in views(4))
+
+    def loss(weight):
+        torch.manual_seed(0)
+        options = {"temperature": lambda u, v: 0.5 + F.dropout((u * v * weight).square()).sum(2)}
+        return amcl_loss(z1, z2, heads=HEADS, pooling="lse", **options)
+
+    torch.autograd.gradcheck(loss, (torch.ones(WIDTH, dtype=torch.float64, requires_grad=True),))
+
+
 def test_any_function_of_pairs_is_a_temperature():
     z1, z2 = views()
     net = network()
@@ -520,6 +533,11 @@ def test_advice_on_barlow_tells_the_sides_apart():
     assert loss.advice(loss.measures(*views())).startswith("100 % of the temperatures of negative pairs")
 
 
+def test_one_dimension_has_no_temperatures_off_the_diagonal():
+    found = AMCLBarlowLoss(1).measures(*views())
+    assert set(found) == {f"tau_positive_{name}" for name in ("q10", "median", "q90", "at_floor")}
+
+
 def test_a_loss_measures_nothing_unless_it_says_so():
     loss = NTXentLoss()
     assert loss.measures(*views()) == {}
@@ -554,8 +572,17 @@ def test_a_loss_measures_nothing_unless_it_says_so():
         ),
         (
             lambda: amcl_loss(*views(), heads=HEADS, temperature=lambda u, v: (u * v).sum(2)),
-            "temperature must give values > 0",
+            "temperature must give finite values > 0",
         ),
+        (
+            lambda: amcl_loss(*views(), heads=HEADS, temperature=lambda u, v: (u * v).sum(2) * 0 + torch.inf),
+            "temperature must give finite values > 0",
+        ),
+        (
+            lambda: amcl_barlow_loss(*views(), heads=HEADS, temperature=torch.full((3, 4, 4), 1e-40)),
+            "temperature must be at least 1e-12",
+        ),
+        (lambda: network()([1.0], torch.ones(3, 2, 4)), r"u must have shape \(3, N, 4\), got list"),
         (lambda: amcl_loss(*views(), queue(heads=2), heads=HEADS, temperature=1.0), "number of columns"),
         (lambda: amcl_simsiam_loss(*views(heads=1), heads=HEADS, temperature=network()), "p must have heads"),
         (lambda: amcl_barlow_loss(*views(), heads=HEADS, temperature=torch.ones(2, 4, 4)), "0-d or of shape"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from cl_core.samplers import (
     ArbitraryPartners,
@@ -93,6 +94,13 @@ def test_weighted_partners_come_as_often_as_said(exponent, max_level):
     assert (shares[wanted == 0] == 0).all()
 
 
+def test_half_precision_leaves_no_class_out():
+    """A method may be turned to half precision as a whole, in which many cumulated weights are one number."""
+    draw = nn.Sequential(WeightedPartners(torch.ones(600, 600), 0.0)).bfloat16()[0]
+    found = draw(torch.zeros(20_000, dtype=torch.int64), seeded())
+    assert len(found.unique()) == 600
+
+
 def test_the_first_level_alone_gives_identical_pairs():
     given = labels()
     assert torch.equal(WeightedPartners(DISTANCES, 2.0, max_level=1)(given, seeded()), given)
@@ -105,6 +113,14 @@ def test_the_first_level_alone_gives_identical_pairs():
         (lambda: ArbitraryPartners()(torch.tensor([0.0, 1.0])), "labels must hold integers"),
         (lambda: ArbitraryPartners()(torch.tensor([[0, 1]])), "labels must have shape"),
         (lambda: DistinctPartners(1), "num_classes must be at least 2"),
+        (
+            lambda: DistinctPartners(300)(torch.tensor([7], dtype=torch.uint8)),
+            "labels must be of a type that holds 300 classes, got torch.uint8",
+        ),
+        (
+            lambda: WeightedPartners(torch.ones(129, 129), 0.0)(torch.tensor([7], dtype=torch.int8)),
+            "labels must be of a type that holds 129 classes, got torch.int8",
+        ),
         (lambda: DistinctPartners(3)(torch.tensor([0, 3])), r"labels must lie in \[0, 3\)"),
         (lambda: WeightedPartners(DISTANCES, 1.0)(torch.tensor([-1])), r"labels must lie in \[0, 7\)"),
         (lambda: WeightedPartners(DISTANCES[:3], 1.0), r"distances must be a tensor of shape \(C, C\)"),

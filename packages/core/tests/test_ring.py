@@ -79,6 +79,23 @@ def test_eight_ranks_go_around_the_ring_unasked(name, eight_ranks):
         torch.testing.assert_close(torch.stack(others).mean(0), one, rtol=1e-6, atol=1e-9)
 
 
+def types_around_the_ring(group, dtype):
+    before, _ring.RING_FROM = _ring.RING_FROM, 2
+    try:
+        rows = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+        split, options = shard(rows, group), {"over": "different"}
+        keys = split.offset + torch.arange(4)
+        found = _ring.log_sum_exp(rows, rows, split, row_keys=keys, column_keys=keys, **options)
+        return found.dtype, torch.autograd.grad(found.sum(), rows)[0].dtype
+    finally:
+        _ring.RING_FROM = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_have_the_type_of_the_rows(dtype, ranks):
+    assert ranks.run(types_around_the_ring, dtype, world_size=2) == [(dtype, dtype)] * 2
+
+
 class MostRows(TorchFunctionMode):
     """Records the most rows of any tensor of the embeddings' width."""
 

@@ -211,6 +211,14 @@ def test_half_precision_is_widened():
     torch.testing.assert_close(pair, extrapolate_positives(q.float(), k.float(), 1.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_partners_of_any_integer_type(dtype):
+    rows, partners = unit_rows(), torch.arange(9).flip(0)
+    assert torch.equal(
+        interpolate_negatives(rows, 0.3, partners.to(dtype)), interpolate_negatives(rows, 0.3, partners)
+    )
+
+
 def test_no_row_at_all():
     none = torch.zeros(0, 5)
     assert [z.shape for z in PositiveExtrapolation()(none, none)] == [(0, 5), (0, 5)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from cl_core._types import Impl, Reduction
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_COLDEST = 1e-18  # its square, by which a learnable one divides its gradient, is still a normal float32
+_COLDEST = 1e-12  # of logits as large as its inverse float64 still tells a softmax to 1e-4
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -120,7 +120,7 @@ def positive(name: str, value: float | Tensor, *, rows: int | None = None) -> No
 
 
 def temperature(name: str, value: float | Tensor, *, rows: int | None = None) -> None:
-    """Refuse what :func:`positive` refuses, and what is so small that logits and their gradients overflow float32."""
+    """Refuse what :func:`positive` refuses, and what is so small that gradients lose their digits, or overflow."""
     positive(name, value, rows=rows)
     message = f"{name} must be at least {_COLDEST}, got a smaller one."
     if isinstance(value, Tensor):

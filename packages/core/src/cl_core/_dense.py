@@ -307,13 +307,14 @@ class KeptExpected(torch.autograd.Function):
         share = share.sub_(top).exp_()
         total = share.sum(1, keepdim=True)
         share.div_(total.clamp_min(torch.finfo(total.dtype).tiny))
-        slope = logits.mul_(share)
-        expected = slope.sum(1)
+        # From the top, lest large logits swallow the 1 in P_ij (1 + logit_ij - e_i).
+        slope = logits.sub_(top).mul_(share)
+        below = slope.sum(1, keepdim=True)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            slope.add_(share).addcmul_(share, expected[:, None], value=-1)
+            slope.add_(share).addcmul_(share, below, value=-1)
         ctx.pairing = pairing
         ctx.save_for_backward(rows, columns, share, slope)
-        return (total.log_() + top)[:, 0], expected
+        return (total.log_() + top)[:, 0], (below + top)[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -189,12 +189,12 @@ class _RingLogSumExp(torch.autograd.Function):
         ring: _Ring,
     ) -> Tensor:
         tile = _tiles.default_tile(rows.device)
-        result = rows.new_full((len(rows),), -torch.inf)
+        result = rows.new_full((len(rows),), -torch.inf, dtype=torch.float64)
         for block, pairing in _paired_blocks(ring, rows, columns, row_keys, row_ids, numbers, over):
             result = torch.logaddexp(result, _tiles.rows_forward(rows, block, pairing, tile))
         ctx.over, ctx.ring = over, ring
         ctx.save_for_backward(rows, columns, row_keys, row_ids, numbers, result)
-        return result
+        return result.to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -65,7 +65,7 @@ class Gate(nn.Module):
             Shape (P, K).
         """
         _checks.count("tile", tile)
-        given = [labels] if partners is None else [labels, partners]
+        given = self._checked(labels, partners)
         with _evaluating(self):
             parts = [self(*some) for some in zip(*(t.split(tile) for t in given), strict=True)]
         return torch.cat(parts)
@@ -83,7 +83,10 @@ class Gate(nn.Module):
         Cost: O(P K) memory: half a gigabyte for 1,000 classes and K = 256.
         """
         device = self._at.device
-        classes = torch.arange(self.num_classes, device=device) if classes is None else classes.to(device)
+        if classes is None:
+            classes = torch.arange(self.num_classes, device=device)
+        else:
+            (classes,) = self._checked(classes.to(device) if isinstance(classes, Tensor) else classes)
         first, second = classes[torch.triu_indices(len(classes), len(classes), device=device)]
         return ClassPairGates(first, second, self.lookup(first, second, tile=tile))
 
@@ -91,10 +94,15 @@ class Gate(nn.Module):
         """Show the sizes."""
         return f"num_classes={self.num_classes}, dim={self.dim}"
 
-    def _check(self, name: str, labels: Tensor, rows: int) -> None:
-        _checks.labels(name, labels, rows=rows, of="labels", device=self._at.device)
-        inside = ((labels >= 0) & (labels < self.num_classes)).all()
-        _checks.require(inside, f"{name} must lie in [0, {self.num_classes}), got another class.")
+    def _checked(self, labels: Tensor, partners: Tensor | None = None) -> list[Tensor]:
+        """The labels, and the partners if there are any, as int64."""
+        given = {"labels": labels} if partners is None else {"labels": labels, "partners": partners}
+        rows = len(labels) if isinstance(labels, Tensor) and labels.ndim else 0
+        for name, classes in given.items():
+            _checks.labels(name, classes, rows=rows, of="the batch", device=self._at.device)
+            inside = ((classes >= 0) & (classes < self.num_classes)).all()
+            _checks.require(inside, f"{name} must lie in [0, {self.num_classes}), got another class.")
+        return [classes.long() for classes in given.values()]
 
 
 class OpenGate(Gate):
@@ -107,9 +115,7 @@ class OpenGate(Gate):
 
     def forward(self, labels: Tensor, partners: Tensor | None = None) -> Tensor:
         """Ones, shape (B, K)."""
-        self._check("labels", labels, len(labels))
-        if partners is not None:
-            self._check("partners", partners, len(labels))
+        self._checked(labels, partners)
         return self._at.new_ones(len(labels), self.dim)
 
 
@@ -176,11 +182,10 @@ class PairGate(Gate):
         Raises:
             ValueError: if shapes differ or a class is out of range.
         """
-        self._check("labels", labels, len(labels))
+        given = self._checked(labels, partners)
         if partners is None:
-            return self._gates(self.embedding(labels))
-        self._check("partners", partners, len(labels))
-        both = self.embedding(torch.stack([labels, partners]))
+            return self._gates(self.embedding(given[0]))
+        both = self.embedding(torch.stack(given))
         if self.fusion == "mean":
             return self._gates(both.mean(0))
         first, second = self._gates(both.flatten(0, 1)).chunk(2)
@@ -297,6 +302,7 @@ def gate_overlap(
     _checks.alongside(gates=gates, others=others)
     with _rows.measuring(gates.device):
         if kind == "cosine":
+            gates, others = (z.to(torch.promote_types(gates.dtype, others.dtype)) for z in (gates, others))
             return (_rows.unit(gates) @ _rows.unit(others).T).clamp_(0, 1)
         ours, theirs = (_open(g, threshold).float() for g in (gates, others))
         shared = ours @ theirs.T

@@ -75,9 +75,9 @@ class PairTemperature(nn.Module):
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
         """Temperatures of anchors u with others v, stacks (C, N, d) both; shape (C, N), in the dtype of u."""
         for name, stack in (("u", u), ("v", v)):
-            if stack.ndim != 3 or stack.shape[::2] != (self.heads, self.dim):
-                wanted = f"({self.heads}, N, {self.dim})"
-                raise ValueError(f"{name} must have shape {wanted}, got {tuple(stack.shape)}.")
+            if not isinstance(stack, Tensor) or stack.ndim != 3 or stack.shape[::2] != (self.heads, self.dim):
+                came = tuple(stack.shape) if isinstance(stack, Tensor) else type(stack).__name__
+                raise ValueError(f"{name} must have shape ({self.heads}, N, {self.dim}), got {came}.")
         _checks.same_shape(u=u, v=v)
         return self.between(self.of_anchors(u), self.of_others(v))
 

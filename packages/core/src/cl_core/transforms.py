@@ -85,11 +85,7 @@ def interpolate_negatives(negatives: Tensor, lam: float | Tensor, permutation: T
     """
     _checks.embeddings("negatives", negatives, at_least=0)
     _check_weights("lam", lam, negatives)
-    _checks.labels("permutation", permutation, rows=len(negatives), of="negatives", device=negatives.device)
-    inside = ((permutation >= 0) & (permutation < len(negatives))).all()
-    _checks.require(
-        inside, f"permutation must hold row numbers, 0 to {len(negatives) - 1}, got a value outside."
-    )
+    _check_permutation(permutation, negatives)
     return _interpolated(negatives, lam, permutation)
 
 
@@ -105,7 +101,7 @@ def _extrapolated(
 def _interpolated(negatives: Tensor, lam: float | Tensor, permutation: Tensor) -> Tensor:
     negatives = similarity.at_least_float32(negatives)
     # Into the partners' copy: for a large queue one matrix more would double the cost.
-    return negatives.index_select(0, permutation).lerp_(negatives, _constant(lam, negatives))
+    return negatives.index_select(0, permutation.long()).lerp_(negatives, _constant(lam, negatives))
 
 
 def _constant(lam: float | Tensor, rows: Tensor) -> float | Tensor:
@@ -124,6 +120,12 @@ def _check_weights(name: str, lam: float | Tensor, rows: Tensor) -> None:
             f"{lam.dtype} of {tuple(lam.shape)}."
         )
     _checks.finite(name, lam)
+
+
+def _check_permutation(permutation: Tensor, rows: Tensor) -> None:
+    _checks.labels("permutation", permutation, rows=len(rows), of="negatives", device=rows.device)
+    inside = ((permutation >= 0) & (permutation < len(rows))).all()
+    _checks.require(inside, f"permutation must hold row numbers, 0 to {len(rows) - 1}, got a value outside.")
 
 
 class _Mixing(nn.Module):

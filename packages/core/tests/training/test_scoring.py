@@ -240,6 +240,22 @@ def test_a_step_without_a_call_is_left_out(tiny, hosted):
     assert found["block_end"].tolist() == [6, 12, 15]
 
 
+def test_a_step_without_a_row_is_left_out(tiny, hosted, monkeypatch):
+    """As on a rank that holds none of a batch; losses with a group take it."""
+
+    class Lenient(InfoNCELoss):
+        def forward(self, query, key, negatives=None):
+            return super().forward(query, key, negatives) if len(query) else 0 * query.sum()
+
+    monkeypatch.setattr(Lenient, "__module__", "tiny")
+    Lenient.__qualname__ = "Lenient"
+    monkeypatch.setattr(tiny, "Lenient", Lenient, raising=False)
+    turn = iter(range(100))
+    method, _ = hosted(Lenient(), lambda m, z: m.criterion(*(v[: 99 * (next(turn) % 4 < 2)] for v in z[:2])))
+    found = read_scores(run(tiny, method).run.scores)
+    assert found["step"].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
 def test_nothing_is_recorded_unless_asked_for_and_nothing_else_changes(tiny):
     watched, plain = run(tiny, run_dir="watched"), run(tiny, run_dir="plain", monitor={"scores": False})
     assert watched.run.scores.is_file() and not plain.run.scores.exists()

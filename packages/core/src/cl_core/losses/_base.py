@@ -46,7 +46,8 @@ class ContrastiveLoss(nn.Module):
     def measures(self, *inputs: Any, **options: Any) -> dict[str, Tensor]:
         """What is worth watching of a batch beside its loss: names and scalars, without gradient.
 
-        Called as rarely as it is looked at, with the rows of this process alone, so that one rank may call it.
+        Called as rarely as it is looked at, with the rows of this process alone, so that one rank may call it. Of too
+        few rows to measure anything it is empty: a rank may hold one row, or none.
 
         Args:
             inputs: as :meth:`forward` takes them.

@@ -29,6 +29,8 @@ Cost: TypeAlias = Literal["euclidean", "rbf"]
 DetachedWeights: TypeAlias = bool | Literal["queue"]
 """Which weights are constants: all, none, or as in the authors' code only those of negatives from a queue."""
 
+_SHARPEST = 1e12  # far beyond what float32 tells apart; exponents a million times as large are no longer safe
+
 
 def cacr_loss(
     z1: Tensor | Sequence[Tensor],
@@ -67,12 +69,12 @@ def cacr_loss(
     Args:
         z1: embeddings of view 1, shape (N, D); or a sequence of V views, then without ``z2``. N >= 2 over all ranks.
         z2: embeddings of view 2, shape (N, D); row i is the same sample as row i of z1.
-        t_pos: sharpness >= 0 of the weights of positives, per squared distance.
-        t_neg: sharpness >= 0 of the weights of negatives.
+        t_pos: sharpness in [0, 1e12] of the weights of positives, per squared distance.
+        t_neg: sharpness in [0, 1e12] of the weights of negatives.
         alpha: weight >= 0 of the attraction.
         beta: weight >= 0 of the repulsion.
         cost: "euclidean" or "rbf", of the negatives.
-        rbf_t: sharpness > 0 of the Gaussian kernel, for ``cost="rbf"``.
+        rbf_t: sharpness in (0, 1e12] of the Gaussian kernel, for ``cost="rbf"``.
         tau_plus: share in [0, 1) of negatives taken to be of the anchor's own class, whose part is removed from R as
             (beta R_i + tau_plus beta c(u_i^x, u_i^y)) / (1 - tau_plus); for ``cost="euclidean"``.
         paper_code_sign: -tau_plus c in that formula, as in the authors' code, which rewards positives that lie apart.
@@ -99,7 +101,7 @@ def cacr_loss(
     _checks.flag("paper_code_sign", paper_code_sign)
     _checks.flag("symmetric", symmetric)
     views = list(as_views(z1, z2))
-    split = _checked(views, group, impl)
+    split = _checked({f"z{i}": view for i, view in enumerate(views, 1)}, group, impl)
     if split.total < 2:
         raise ValueError(
             f"cacr_loss needs at least 2 rows (the other rows are the negatives), got {split.total}; pass a group, or "
@@ -175,9 +177,9 @@ def cacr_queue_loss(
     queries, keys = _as_list("query", query), _as_list("key", key)
     if len(queries) != len(keys):
         raise ValueError(f"query and key must hold as many views, got {len(queries)} and {len(keys)}.")
+    split = _checked(_named(query=queries, key=keys), group, impl)
     _checks.embeddings("negatives", negatives)
     _checks.alongside(query=queries[0], negatives=negatives)
-    split = _checked(queries + keys, group, impl)
     rows, targets = _rows(queries, normalize), _rows(keys, normalize)
     memory = similarity.scaled_rows(negatives, normalize=normalize, dtype=rows[0].dtype)
     compared = _of_queue(rows, targets, memory, in_batch, normalize, split, impl)
@@ -233,7 +235,7 @@ def cacr_momentum_loss(
     _checks.temperature("temperature", temperature)
     _checks.choice("cost", cost, ("euclidean", "rbf"))
     queries = _as_list("query", query)
-    split = _checked([*queries, key], group, impl)
+    split = _checked(_named(query=queries, key=[key]), group, impl)
     if split.total < 2:
         raise ValueError(
             f"cacr_momentum_loss needs at least 2 rows (the other keys are the negatives), got {split.total}; pass a "
@@ -257,10 +259,9 @@ def cacr_momentum_loss(
     else:
         expected = _constant_weights(*_ring.expected_logits(rows, columns, split, **among))
         values = (expected.view_as(positives) - positives) / scale
-    weight = (-2 * positives.detach()).softmax(
-        0
-    )  # |q - k|^2 / T = 2 / T - 2 s, and the first is the same for all
-    return reduce((weight * values).sum(0), "mean", split=split)
+    with torch.no_grad():  # |q - k|^2 / T less |k|^2 / T, which all queries of a sample have in common
+        distances = (rows.square().sum(1) / scale).view_as(positives) - 2 * positives
+    return reduce((distances.softmax(0) * values).sum(0), "mean", split=split)
 
 
 @dataclass(frozen=True)
@@ -402,8 +403,10 @@ class _Weighting:
     """How positives and negatives are weighted and averaged."""
 
     def __init__(self, t_pos: float, t_neg: float, cost: Cost, rbf_t: float, detach: DetachedWeights) -> None:
-        _checks.number("t_pos", t_pos, at_least=0)
-        _checks.number("t_neg", t_neg, at_least=0)
+        for name, sharpness in (("t_pos", t_pos), ("t_neg", t_neg), ("rbf_t", rbf_t)):
+            _checks.number(name, sharpness, at_least=0)
+            if sharpness > _SHARPEST:
+                raise ValueError(f"{name} must be at most {_SHARPEST}, got {sharpness}.")
         _checks.choice("cost", cost, ("euclidean", "rbf"))
         _checks.positive("rbf_t", rbf_t)
         _checks.choice("detach_weights", detach, (True, False, "queue"))
@@ -477,13 +480,21 @@ def _as_list(name: str, views: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return list(views)
 
 
-def _checked(views: Sequence[Tensor], group: Group, impl: Impl) -> Shard:
+def _named(**arguments: list[Tensor]) -> dict[str, Tensor]:
+    """The views of several arguments under the names they have in errors."""
+    return {
+        f"{name}[{i}]" if len(views) > 1 else name: view
+        for name, views in arguments.items()
+        for i, view in enumerate(views)
+    }
+
+
+def _checked(views: dict[str, Tensor], group: Group, impl: Impl) -> Shard:
     """Refuse views that do not fit together; how the batch is spread."""
-    names = ["query", "key"] if len(views) == 2 else [f"view {i}" for i in range(len(views))]
-    check_rows(group, **dict(zip(names, views, strict=True)))
-    _checks.same_shape(**dict(zip(names, views, strict=True)))
+    check_rows(group, **views)
+    _checks.same_shape(**views)
     _checks.impl(impl)
-    return shard(views[0], group)
+    return shard(next(iter(views.values())), group)
 
 
 def _check_numbers(alpha: float, beta: float, tau_plus: float, cost: Cost) -> None:
@@ -578,29 +589,35 @@ class CACRLoss(QueryKeyLoss):
         return cacr_queue_loss(query, key, negatives, in_batch=in_batch, detach_weights=detach, **options)
 
     @torch.no_grad()
-    def measures(self, *inputs: Any) -> dict[str, Tensor]:
+    def measures(
+        self,
+        query: Tensor | Sequence[Tensor],
+        key: Tensor | Sequence[Tensor] | None = None,
+        negatives: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Attraction, repulsion, and the entropies of the weights, as shares of those of uniform weights.
 
         An entropy of 1 means that ``t_pos`` or ``t_neg`` is too small for the spread of the distances; one near 0 that
-        a single positive, or negative, counts. Of this process's rows.
+        a single positive, or negative, counts. Of this process's rows; nothing of rows without a negative.
         """
-        query, key, queue = (*inputs, None, None)[:3]
         queries = _as_list("query", query)
+        if len(queries[0]) < (2 if negatives is None else 1):
+            return {}
         given = self.hyperparameters()
         unit, impl, split = given["normalize"], given["impl"], shard(queries[0], None)
-        if queue is None:
-            rows = _rows(queries if key is None else [query, key], unit)
+        if negatives is None:
+            rows = _rows(queries if key is None else queries + _as_list("key", key), unit)
             compared = _of_views(rows, given["symmetric"], unit, split, impl)
         else:
-            rows, keys = _rows(queries, unit), _rows(_as_list("key", key), unit)
-            memory = similarity.scaled_rows(queue, normalize=unit, dtype=rows[0].dtype)
+            rows, keys = _rows(queries, unit), _rows(_as_list("key", key), unit)  # type: ignore[arg-type]
+            memory = similarity.scaled_rows(negatives, normalize=unit, dtype=rows[0].dtype)
             compared = _of_queue(rows, keys, memory, given["in_batch"], unit, split, impl)
         weighting = _Weighting(given["t_pos"], given["t_neg"], given["cost"], given["rbf_t"], False)
         found = {
             "attraction": weighting.attraction(compared.positives, split),
             "repulsion": weighting.repulsion(compared.negatives),
         }
-        entropies = [negatives.entropy(weighting.t_neg).mean() for negatives in compared.negatives]
+        entropies = [block.entropy(weighting.t_neg).mean() for block in compared.negatives]
         found["negative_weight_entropy"] = torch.stack(entropies).mean()
         distances = torch.stack(compared.positives)
         if distances.shape[1] > 1:

@@ -112,6 +112,7 @@ def swav_loss(
     check_rows(group, **named)
     _checks.same_shape(**named)
     if predictions is not None:
+        _check_sequence("predictions", predictions)
         if len(predictions) != len(scores):
             raise ValueError(
                 f"predictions must hold one tensor for each of the {len(scores)} crops, got {len(predictions)}."
@@ -141,6 +142,7 @@ def _codes_of_crops(
     """Codes of each assignment crop, balanced together with its queue."""
     if queue is None:
         return [_codes(crop, epsilon, iterations, split) for crop in scores]
+    _check_sequence("queue", queue)
     if len(queue) != len(scores):
         raise ValueError(
             f"queue must hold one tensor for each of the {len(scores)} assignment crops, got {len(queue)}."
@@ -241,6 +243,10 @@ def _as_clusterings(
     concentration: Tensor | Sequence[Tensor] | None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """Prototypes, assignments and concentrations of each clustering."""
+    given = {"prototypes": prototypes, "assignments": assignments, "concentration": concentration}
+    for name, of_all in given.items():
+        if of_all is not None or name != "concentration":
+            _check_sequence(name, of_all)
     centres = [prototypes] if isinstance(prototypes, Tensor) else list(prototypes)
     # A matrix of assignments, a row for each of several clusterings, is a sequence too.
     one = isinstance(prototypes, Tensor) and isinstance(assignments, Tensor)
@@ -301,7 +307,16 @@ def _check_divisor(name: str, value: float | Tensor, dtype: torch.dtype) -> None
         _checks.number(name, value, at_least=least)
 
 
+def _check_sequence(name: str, given: object) -> None:
+    if not isinstance(given, Sequence | Tensor):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(given).__name__}.")
+
+
 def _check_crops(assignment_crops: Sequence[int], crops: int | None = None) -> None:
+    if not isinstance(assignment_crops, Sequence):
+        raise TypeError(
+            f"assignment_crops must be a sequence of numbers, got {type(assignment_crops).__name__}."
+        )
     if not assignment_crops or len(set(assignment_crops)) != len(assignment_crops):
         raise ValueError(f"assignment_crops must name each crop once and at least 1, got {assignment_crops}.")
     for crop in assignment_crops:
@@ -369,6 +384,8 @@ class SwAVLoss(ScoresLoss):
         of log K: 1 where all prototypes are used equally. ``largest_prototype_share`` is the share of samples with
         the most frequent best prototype of their scores. Of this process's rows.
         """
+        if not len(scores[0]):
+            return {}
         split, log_k = shard(scores[0], None), math.log(max(2, scores[0].shape[1]))
         given = [scores[crop] for crop in self.assignment_crops]  # type: ignore[union-attr]
         options = self.hyperparameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -89,13 +90,17 @@ def transformed_info_nce_loss(
     _checks.choice("negatives_use", negatives_use, get_args(NegativesUse))
     if (negative_lam is None) != (permutation is None):
         raise ValueError("negative_lam and permutation must be given together, got only one of them.")
+    _checks.flag("renormalize", renormalize)
     rows = _unit_rows(query, key, normalize, group)
     memory = _unit_memory(query, negatives, normalize)
     pair = rows
     if positive_lam is not None:
-        pair = transforms.extrapolate_positives(*rows, positive_lam, renormalize=renormalize)
+        transforms._check_weights("positive_lam", positive_lam, query)
+        pair = transforms._extrapolated(*rows, positive_lam, renormalize)
     if negative_lam is not None and permutation is not None:
-        memory = transforms.interpolate_negatives(memory, negative_lam, permutation)
+        transforms._check_weights("negative_lam", negative_lam, negatives)
+        transforms._check_permutation(permutation, negatives)
+        memory = transforms._interpolated(memory, negative_lam, permutation)
     anchors = pair[0] if negatives_use == "transformed" else rows[0]
     scale = inverse(temperature)
     positives = similarity.row_products(pair[0] * scale, pair[1])
@@ -127,7 +132,8 @@ class FeatureTransform(QueryKeyLoss):
     drew, a loss with a ``group`` gives the value and gradient of one process.
 
     Args:
-        loss: a loss of two views, or of queries and keys, with an option ``normalize``.
+        loss: a loss of two views, or of queries and keys, with an option ``normalize`` for whole rows: not one of
+            several heads side by side.
         positive: how pairs are moved apart; None for not.
         negative: how negatives are mixed; None for not.
         negatives_use: "transformed" compares the negatives with the moved queries, as the authors' code does;
@@ -228,6 +234,16 @@ class FeatureTransform(QueryKeyLoss):
         if self.recorder is not None:
             self.recorder._record(*pair, memory, _temperature_of(self.loss))
         return self._loss_of(*pair, memory, normalize=False)
+
+    def measures(
+        self, *inputs: Any, generator: torch.Generator | None = None, **options: Any
+    ) -> dict[str, Tensor]:
+        """What the loss measures, of the rows as they came."""
+        return self.loss.measures(*inputs, **options)
+
+    def advice(self, measures: Mapping[str, Tensor]) -> str | None:
+        """What the loss says of them."""
+        return self.loss.advice(measures)
 
     def extra_repr(self) -> str:
         """Show what is not a part of its own."""
@@ -369,6 +385,11 @@ def _check_parts(
         raise TypeError(
             "loss must be a loss of two views, or of queries and keys, with an option normalize, got "
             f"{type(loss).__name__}."
+        )
+    if getattr(loss, "heads", 1) > 1 or getattr(loss, "raw_input", False):
+        raise ValueError(
+            "loss must scale whole rows to unit length, got one that scales each head's, or looks at rows as they came "
+            f"({type(loss).__name__} of more than one head, or with raw_input)."
         )
     if positive is None and negative is None:
         raise ValueError(

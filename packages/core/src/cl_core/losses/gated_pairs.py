@@ -461,12 +461,21 @@ class GatedPairLoss(ClassPairLoss):
         return options
 
     @torch.no_grad()
-    def measures(self, *inputs: Any) -> dict[str, Tensor]:
+    def measures(
+        self,
+        query: Tensor,
+        key: Tensor,
+        labels: Tensor,
+        partners: Tensor,
+        gates: Tensor,
+        key_labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Mean similarity with keys of the partner's class, of the own and of other classes, and how open gates are.
 
         Of this process's rows. What no pair is of is left out.
         """
-        query, key, labels, partners, gates, key_labels = (*inputs, None)[:6]
+        if not len(query) or not len(key):
+            return {}
         key_labels = labels if key_labels is None else key_labels
         options = {name: value for name, value in self._options().items() if name in ("similarity", "alpha")}
         similarities = gated_similarity(query, key, gates, **options)

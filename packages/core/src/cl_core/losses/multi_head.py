@@ -321,8 +321,10 @@ class _Compared:
         size = max(1, _GRID_ENTRIES // (heads * columns.shape[1] * entries))
         if count <= size:
             return on_part(slice(count))
-        # Nothing of a part is kept: the backward computes it again.
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        # Nothing of a part is kept: the backward computes it again, with the same random numbers where a caller's
+        # function may draw some.
+        draws = callable(self.temperature) and not isinstance(self.temperature, PairTemperature)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
         return torch.cat([checkpoint(on_part, part, **options) for part in _rows.tiles(count, size)], 1)
 
 
@@ -399,7 +401,9 @@ def _temperatures(temperature: Temperature, u: Tensor, v: Tensor) -> Tensor:
             f"temperature must give shape {tuple(u.shape[:2])}, one an anchor and head, got {came}."
         )
     if not isinstance(temperature, PairTemperature):
-        _checks.require((tau.detach() > 0).all(), "temperature must give values > 0, got others.")
+        held = tau.detach()
+        message = "temperature must give finite values > 0, got others."
+        _checks.require(((held > 0) & held.isfinite()).all(), message)
     return tau
 
 
@@ -440,8 +444,7 @@ def _of_dimensions(temperature: float | Tensor, correlation: Tensor) -> Tensor:
     if temperature.shape != correlation.shape:
         wanted, came = tuple(correlation.shape), tuple(temperature.shape)
         raise ValueError(f"temperature must be 0-d or of shape {wanted}, got shape {came}.")
-    message = "temperature must be finite and > 0, got another value."
-    _checks.require(((temperature.detach() > 0) & temperature.detach().isfinite()).all(), message)
+    _checks.temperature("temperature", temperature.flatten(), rows=temperature.numel())
     return temperature.to(correlation.dtype).contiguous()
 
 
@@ -509,7 +512,7 @@ class _AdaptiveLoss(ContrastiveLoss):
 
     def _described(self, side: str, tau: Tensor) -> dict[str, Tensor]:
         """Quantiles of temperatures and the share at the least one; nothing of constant ones."""
-        if self.min_temperature == self.max_temperature:
+        if self.min_temperature == self.max_temperature or not tau.numel():
             return {}
         quantiles = tau.flatten().quantile(torch.tensor([0.1, 0.5, 0.9], dtype=tau.dtype, device=tau.device))
         floor = self.min_temperature + _FLOOR * (self.max_temperature - self.min_temperature)
@@ -619,15 +622,17 @@ class AMCLLoss(_PairwiseLoss, QueryKeyLoss):
         """Loss of two views, each of shape (N, C d); with a queue (K, C d) its rows are the negatives."""
         return amcl_loss(query, key, negatives, **self._options())
 
-    def measures(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def measures(self, query: Tensor, key: Tensor, negatives: Tensor | None = None) -> dict[str, Tensor]:
         """Mean similarity, quantiles of temperatures and their share at the least one, of positives and of n*.
 
-        Of this process's rows alone; with a group, n* is the hardest negative among them.
+        Of this process's rows alone; with a group, n* is the hardest negative among them. Nothing of rows without a
+        negative.
         """
-        query, key, negatives = (*inputs, None)[:3]
-        with _rows.measuring(inputs[0].device):
+        if len(query) < (2 if negatives is None else 1):
+            return {}
+        with _rows.measuring(query.device):
             options = self._options("beta", "pooling", "include_positive", "reduction", "group")
-            compared = _compared(query, key, negatives, group=None, **options)  # type: ignore[arg-type]
+            compared = _compared(query, key, negatives, group=None, **options)
             positive = self._of_pairs("positive", compared.positive())
             return positive | self._of_pairs("negative", compared.hardest())
 
@@ -685,10 +690,12 @@ class AMCLSimSiamLoss(_PairwiseLoss, PredictionLoss):
         """Loss of predictions (N, C d) and targets (N, C d)."""
         return amcl_simsiam_loss(p, z, **self._options())
 
-    def measures(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def measures(self, p: Tensor, z: Tensor) -> dict[str, Tensor]:
         """Mean similarity, quantiles of temperatures and their share at the least one, of this process's rows."""
-        with _rows.measuring(inputs[0].device):
-            pairs, _ = _predicted(*inputs, group=None, **self._options("beta", "reduction", "group"))
+        if not len(p):
+            return {}
+        with _rows.measuring(p.device):
+            pairs, _ = _predicted(p, z, group=None, **self._options("beta", "reduction", "group"))
             return self._of_pairs("positive", pairs)
 
 
@@ -746,7 +753,7 @@ class AMCLBarlowLoss(_AdaptiveLoss, TwoViewLoss):
         options = {k: v for k, v in self.hyperparameters().items() if k not in _OF_TEMPERATURE}
         return amcl_barlow_loss(z1, z2, temperature=self.pair_temperature, **options)
 
-    def measures(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def measures(self, *inputs: Tensor, **options: Any) -> dict[str, Tensor]:
         """Quantiles of temperatures and their share at the least one, on the diagonal ("positive") and off it."""
         with torch.no_grad():
             tau = self.pair_temperature

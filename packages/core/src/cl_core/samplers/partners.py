@@ -42,10 +42,10 @@ class PartnerClasses(nn.Module):
         rows = len(labels) if isinstance(labels, Tensor) and labels.ndim else 0
         device = labels.device if isinstance(labels, Tensor) else torch.device("cpu")
         _checks.labels("labels", labels, rows=rows, of="the batch", device=device)
-        return self._draw(labels.long(), generator).to(labels.dtype)
+        return self._draw(labels, generator).to(labels.dtype)
 
     def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Partners of int64 labels."""
+        """Partners, of any integer type."""
         raise NotImplementedError(f"{type(self).__name__} must define _draw(labels, generator).")
 
     def extra_repr(self) -> str:
@@ -85,7 +85,7 @@ class DistinctPartners(PartnerClasses):
         self.num_classes = num_classes
 
     def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-        _check_range(labels, self.num_classes)
+        labels = _in_range(labels, self.num_classes)
         options: Any = {"generator": generator, "device": _source(generator)}
         steps = torch.randint(1, self.num_classes, labels.shape, **options)
         return (labels + steps.to(labels.device)) % self.num_classes
@@ -109,8 +109,6 @@ class WeightedPartners(PartnerClasses):
     Cost: O(C^2) memory, O(B C) a batch.
     """
 
-    _probabilities: Tensor
-
     def __init__(self, distances: Tensor, exponent: float, *, max_level: float | None = None) -> None:
         if not isinstance(distances, Tensor) or distances.ndim != 2 or len(set(distances.shape)) != 1:
             came = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
@@ -129,7 +127,8 @@ class WeightedPartners(PartnerClasses):
             raise ValueError(
                 f"distances must hold one below max_level {max_level} for every class, got a row without."
             )
-        self.register_buffer("_probabilities", weights / weights.sum(1, keepdim=True), persistent=False)
+        # No buffer: in half precision, which a method may be turned to, many classes would never be drawn.
+        self._probabilities = weights / weights.sum(1, keepdim=True)
 
     @property
     def probabilities(self) -> Tensor:
@@ -137,8 +136,9 @@ class WeightedPartners(PartnerClasses):
         return self._probabilities
 
     def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-        _check_range(labels, self.num_classes)
-        self._probabilities = table = self._probabilities.to(labels.device)
+        labels = _in_range(labels, self.num_classes)
+        table = self._probabilities.to(labels.device, _rows.accumulation_dtype(labels.device))
+        self._probabilities = table
         options: Any = {"generator": generator, "device": _source(generator), "dtype": table.dtype}
         place = torch.rand(len(labels), 1, **options).to(labels.device)
         cumulative = table[labels].cumsum(1)
@@ -151,6 +151,10 @@ def _source(generator: torch.Generator | None) -> torch.device:
     return torch.device("cpu") if generator is None else generator.device
 
 
-def _check_range(labels: Tensor, classes: int) -> None:
+def _in_range(labels: Tensor, classes: int) -> Tensor:
+    """Labels as int64, unless one is no class, or a partner would not fit their type."""
+    if classes - 1 > torch.iinfo(labels.dtype).max:
+        raise ValueError(f"labels must be of a type that holds {classes} classes, got {labels.dtype}.")
     inside = ((labels >= 0) & (labels < classes)).all()
     _checks.require(inside, f"labels must lie in [0, {classes}), got another class.")
+    return labels.long()

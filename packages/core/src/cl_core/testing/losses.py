@@ -402,6 +402,23 @@ def _compiles_to_one_graph(loss: LossClass) -> None:
 
 
 @_check()
+def _measures_what_it_is_called_with(loss: LossClass) -> None:
+    for rows in (12, 1, 0):  # one rank measures its own rows, which may be few
+        given = inputs(loss, rows=rows)
+        for name, value in made(loss, given).measures(*given).items():
+            assert value.ndim == 0, f"{name} of {rows} rows has shape {tuple(value.shape)}"
+            assert value.isfinite(), f"{name} of {rows} rows is {value}"
+            assert not value.requires_grad, f"{name} has a gradient"
+    module = made(loss, inputs(loss))
+    for name, parameter in inspect.signature(module.forward).parameters.items():
+        if parameter.kind is not parameter.VAR_POSITIONAL:
+            try:
+                inspect.signature(module.measures).bind_partial(**{name: None})
+            except TypeError as error:
+                raise AssertionError(f"forward takes {name} by its name, measures does not") from error
+
+
+@_check()
 def _copies_pickles_and_shows_itself(loss: LossClass) -> None:
     given = inputs(loss)
     module = made(loss, given)

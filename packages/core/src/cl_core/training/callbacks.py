@@ -148,7 +148,7 @@ class Diagnostics(pl.Callback):
             pair = inputs[0], inputs[2]
         elif isinstance(module, TwoViewLoss | LabelledLoss | PredictionLoss):
             pair = first_pair(inputs)
-        if pair is None:
+        if pair is None or not len(pair[0]):  # a rank may hold no row
             return
         first, second = (value.detach() for value in pair)
         self._seen = (first.float(), second.float() if second.is_floating_point() else second)

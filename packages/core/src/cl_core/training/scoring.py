@@ -99,7 +99,7 @@ class ScoreMonitor(pl.Callback):
         # After the loss, which refuses what cannot be compared in words of its own.
         self._stop()
         pair = first_pair(inputs)
-        if pair is None:
+        if pair is None or not len(pair[0]):  # a rank may hold no row
             return
         query, key = (_rows.wide(rows.detach()) for rows in pair)
         queue = queue_among(inputs, options)
