@@ -11,7 +11,7 @@ Example:
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,7 @@ class WeightedPartners(PartnerClasses):
     """
 
     _probabilities: Tensor
+    unbroadcast: ClassVar[tuple[str, ...]] = ("_probabilities",)
 
     def __init__(self, distances: Tensor, exponent: float, *, max_level: float | None = None) -> None:
         if not isinstance(distances, Tensor) or distances.ndim != 2 or len(set(distances.shape)) != 1:
