@@ -3,10 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cl_core import distributed
 from cl_core.functional import clip_loss, info_nce_loss, nt_xent_loss, siglip_loss
 from cl_core.losses import CLIPLoss, HardNegativeNCELoss, NTXentLoss, SigLIPLoss
+from cl_core.memory import FeatureQueue, InstanceBank, PrototypeBank
+from cl_core.samplers import WeightedPartners
 
 
 def gathered(group, counts):
@@ -130,3 +134,55 @@ def test_a_scale_above_its_cap_comes_back(kind):
     reference = clip_loss if kind is CLIPLoss else siglip_loss
     options = {} if kind is CLIPLoss else {"logit_bias": -10.0}
     torch.testing.assert_close(loss(z1, z2), reference(z1, z2, logit_scale=20.0, **options))
+
+
+class Remembering(nn.Module):
+    """Running statistics, two memories inside another module, and a table that never changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.memories = nn.ModuleDict({"queue": FeatureQueue(4, 3), "bank": InstanceBank(5, 3)})
+        self.partners = WeightedPartners(torch.ones(2, 2), 1.0)
+
+    def forward(self, rows):
+        return self.norm(rows).sum()
+
+
+def test_memories_and_constants_need_no_broadcast():
+    names = {*distributed.unbroadcast_buffers(Remembering())}
+    queue = {f"memories.queue.{name}" for name in ("_embeddings", "_labels", "_ids")}
+    bank = {f"memories.bank.{name}" for name in ("_embeddings", "_seen")}
+    assert names == queue | bank | {"partners._probabilities"}
+    assert distributed.unbroadcast_buffers(FeatureQueue(4, 3)) == ["_embeddings", "_labels", "_ids"]
+    assert len(distributed.unbroadcast_buffers(PrototypeBank(5, [2, 3], 3))) == 5
+
+
+def forward_twice(group):
+    rank = dist.get_rank(group)
+    torch.manual_seed(rank)
+    module = Remembering()
+    queue, bank = module.memories["queue"], module.memories["bank"]
+    queue.enqueue(torch.eye(3)[[rank]])
+    before = queue.embeddings.clone(), bank.embeddings.clone()
+    seen = []
+    module.norm.register_forward_pre_hook(lambda norm, _: seen.append(norm.running_mean.clone()))
+    names = distributed.unbroadcast_buffers(module)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+    wrapped = DistributedDataParallel(module, process_group=group)
+    for _ in range(2):
+        wrapped(torch.randn(6, 3)).backward()
+    return (
+        all(map(torch.equal, before, (queue.embeddings, bank.embeddings))),
+        seen[1],
+        module.norm.running_mean,
+    )
+
+
+def test_each_rank_keeps_its_memories_while_statistics_are_those_of_the_first(ranks):
+    results = ranks.run(forward_twice)
+    assert [kept for kept, _, _ in results] == [True, True]
+    (_, seen, mean), (_, seen_there, mean_there) = results
+    assert torch.equal(seen, seen_there)
+    assert seen.abs().sum() > 0
+    assert not torch.equal(mean, mean_there)  # each has added its own batch since

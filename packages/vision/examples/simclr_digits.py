@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cl_core import losses
-from cl_core.evaluation import knn_accuracy, linear_probe
-from cl_core.method import Method
-from cl_core.training.evaluating import embed_split
+from cl_core.training import Evaluation, evaluate
+from cl_core.training.evaluating import evaluate_raw
+from cl_vision import SimCLR
 from cl_vision.data import Digits
 from cl_vision.encoders import SmallConvNet
-from cl_vision.methods.simclr import SimCLR
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--loss", choices=["DCLLoss", "NTXentLoss"], default="DCLLoss")
@@ -37,7 +35,7 @@ torch.manual_seed(options.seed)
 data = Digits(batch_size=options.batch_size)
 data.set_seed(options.seed)
 views = data.train_dataset()
-loader = DataLoader(views, options.batch_size, shuffle=True, drop_last=True, collate_fn=data.collate)
+loader = DataLoader(views, data.batch_size, shuffle=True, drop_last=True, collate_fn=data.collate)
 
 loss = getattr(losses, options.loss)(temperature=options.temperature)
 method = SimCLR(SmallConvNet(width=32, in_channels=1), loss)
@@ -45,44 +43,24 @@ optimizer = torch.optim.AdamW(method.parameter_groups(weight_decay=1e-4), lr=opt
 schedule = torch.optim.lr_scheduler.OneCycleLR(
     optimizer, options.learning_rate, total_steps=options.epochs * len(loader), pct_start=0.05
 )
+evaluation = Evaluation(neighbours=(5,), regularizations=(1.0, 0.1, 0.01, 0.001))
 
 
-class Pixels(Method):
-    """The images themselves as features: what every encoder has to beat."""
-
-    def embed(self, inputs: Tensor) -> Tensor:
-        """Pixels, shape (N, C * H * W)."""
-        return inputs.flatten(start_dim=1)
+def show(name: str, found: dict[str, float]) -> None:
+    """Accuracies on test of the frozen features; what they leave open is chosen on validation."""
+    print(f"{name:18}  kNN {100 * found['knn']:5.1f} %   linear probe {100 * found['linear']:5.1f} %")
 
 
-def train(epoch: int) -> float:
-    """One pass over the images, with this epoch's views; returns the mean loss."""
-    views.set_epoch(epoch)
-    total = 0.0
+show("raw pixels", evaluate_raw(data, evaluation))
+show("untrained encoder", evaluate(method, data, evaluation))
+for epoch in range(options.epochs):
+    views.set_epoch(epoch)  # other random views of the same images
     for batch in loader:
         value = method(batch)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         schedule.step()
-        total += value.item()
-    return total / len(loader)
-
-
-def test(name: str, features: Method) -> None:
-    """Probe frozen features: the penalty is chosen on validation, the accuracies are those on test."""
-    training, validation, testing = (
-        embed_split(features, data, split) for split in ("train", "validation", "test")
-    )
-    neighbours = knn_accuracy(*training, *testing, k=5)
-    linear = linear_probe(*training, *validation).accuracy(*testing)
-    print(f"{name:18}  kNN {100 * neighbours:5.1f} %   linear probe {100 * linear:5.1f} %")
-
-
-test("raw pixels", Pixels())
-test("untrained encoder", method)
-for epoch in range(options.epochs):
-    mean = train(epoch)
     if (epoch + 1) % 10 == 0:
-        print(f"epoch {epoch + 1:3}  loss {mean:6.3f}")
-test("trained encoder", method)
+        print(f"epoch {epoch + 1:3}  loss {value.item():6.3f}")
+show("trained encoder", evaluate(method, data, evaluation))

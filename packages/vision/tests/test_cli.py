@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import resource
 import subprocess
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from cl_vision.cli import DOMAIN, main
 
@@ -188,27 +186,3 @@ def test_settings_that_do_not_fit_are_one_sentence(photographs, tmp_path, option
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    """The same losses from half the batch each; group and layer normalisation, as batch normalisation would differ."""
-    script = tmp_path / "command.py"
-    script.write_text("import sys\nfrom cl_vision.cli import main\nsys.exit(main())\n")
-    shared = "--model.encoder.norm group --model.projector.norm layer --model.encoder.width 8 --trainer.max_epochs 2"
-    shared += " --trainer.accelerator cpu --evaluation.baselines false --monitor.knn_every_epochs null"
-    two = "--trainer.devices 2 --trainer.strategy ddp --model.loss.group world --data.batch_size 64 --run_dir two"
-    for options in (f"{shared} {two}", f"{shared} --data.batch_size 128 --run_dir one"):
-        command = [sys.executable, str(script), "fit", "--config", "dcl/digits", *options.split()]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stderr
-    tables = [
-        list(csv.DictReader((tmp_path / run / "metrics.csv").read_text().splitlines()))
-        for run in ("one", "two")
-    ]
-    assert [row["step"] for row in tables[0]] == [row["step"] for row in tables[1]] == ["8", "16"]
-    for one, other in zip(*tables, strict=True):
-        assert float(one["train/loss"]) == pytest.approx(float(other["train/loss"]), rel=1e-4)
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"one", "two"}
-    content = torch.load(tmp_path / "two/checkpoints/last.ckpt", weights_only=True)
-    assert len(content["cl_core"]["random_states"]) == 2

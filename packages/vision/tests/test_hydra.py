@@ -128,6 +128,12 @@ def test_bad_parts_and_labels_get_one_sentence(kind):
         kind(encoder, GatedPairLoss(), 0)
 
 
+def test_the_instances_are_compared_over_the_processes_of_the_pairs():
+    loss = GatedPairLoss(0.2, group="world")
+    assert Hydra(SmallConvNet(4), loss, 3, projector=head()).instance_loss.group == "world"
+    assert Hydra(SmallConvNet(4), loss, 3, InfoNCELoss(), projector=head()).instance_loss.group is None
+
+
 def test_default_heads_end_in_layer_normalisation():
     with torch.device("meta"):
         for method in (

@@ -4,6 +4,7 @@ from torch import nn
 
 from cl_core.functional import byol_loss, cacr_momentum_loss, cacr_queue_loss, dcl_loss, info_nce_loss
 from cl_core.losses import BYOLLoss, CACRLoss, CACRMomentumLoss, DCLLoss, InfoNCELoss, NTXentLoss
+from cl_core.memory import FeatureQueue
 from cl_core.method import Progress
 from cl_core.testing import Ranks
 from cl_vision.data import Views
@@ -122,9 +123,19 @@ def ranks():
         yield pool
 
 
-def on_a_rank(group, batches):
+def heads(width=16):
+    return [MLPProjector(hidden_dim=24, out_dim=width, norm="none") for _ in range(2)]
+
+
+def nnclr(loss, *, support_size=20):
+    torch.manual_seed(0)
+    return NNCLR(SmallConvNet(4, in_channels=1, norm="group"), loss, *heads(), support_size=support_size)
+
+
+def on_a_rank(group, build, batches):
     """Train on one's own part of each batch; gradients are averaged as by DistributedDataParallel."""
-    method = moco(InfoNCELoss(0.2, group=group)).double()
+    method = build(InfoNCELoss(0.2, group=group)).double()
+    memory = next(module for module in method.modules() if isinstance(module, FeatureQueue))
     optimiser = torch.optim.SGD(method.parameters(), lr=0.1)
     rank = 0 if group is None else torch.distributed.get_rank(group)
     losses = []
@@ -141,22 +152,19 @@ def on_a_rank(group, batches):
         optimiser.step()
         method.after_step(Progress(1, 10, 0, 1))
         losses.append(loss.item())
-    return losses, method.queue.embeddings.clone(), [p.detach().clone() for p in method.parameters()]
+    return losses, memory.embeddings.clone(), [p.detach().clone() for p in method.parameters()]
 
 
-def test_two_processes_train_as_one(ranks):
+@pytest.mark.parametrize("build", [moco, nnclr])
+def test_two_processes_train_as_one(build, ranks):
     """Keys are encoded on another rank than their queries; with group normalisation that changes nothing."""
     batches = [views(seed) for seed in range(4)]
-    losses, queue, parameters = on_a_rank(None, batches)
-    for their_losses, their_queue, their_parameters in ranks.run(on_a_rank, batches, world_size=2):
+    losses, queue, parameters = on_a_rank(None, build, batches)
+    for their_losses, their_queue, their_parameters in ranks.run(on_a_rank, build, batches, world_size=2):
         assert their_losses == pytest.approx(losses, rel=1e-9)
         torch.testing.assert_close(their_queue, queue, rtol=1e-7, atol=1e-9)
         for ours, theirs in zip(parameters, their_parameters, strict=True):
             torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-9)
-
-
-def heads(width=16):
-    return [MLPProjector(hidden_dim=24, out_dim=width, norm="none") for _ in range(2)]
 
 
 def test_moco_v3_predicts_the_keys_of_the_other_view():

@@ -26,6 +26,11 @@ class Memory(nn.Module):
         super().__init__()
         self._pending: list[tuple[Tensor, ...]] = []
 
+    @property
+    def unbroadcast(self) -> tuple[str, ...]:
+        """All buffers: with a group they are equal on all ranks, without one each rank keeps its own."""
+        return tuple(self._buffers)
+
     def _write(self, *rows: Tensor) -> None:
         raise NotImplementedError
 

@@ -22,8 +22,8 @@ class FeatureQueue(Memory):
 
     Rows handed in by :meth:`enqueue` are written when the queue is next read. A loss on ``embeddings`` can therefore be
     differentiated after any number of ``enqueue``; after the queue has been read again, torch refuses to (it never uses
-    the changed rows). Without a group, ranks hold different queues: build ``DistributedDataParallel`` with
-    ``broadcast_buffers=False`` then, or it replaces their rows by those of rank 0.
+    the changed rows). Without a group, ranks hold different queues, of which a checkpoint has that of rank 0; around
+    ``DistributedDataParallel`` see :func:`cl_core.distributed.unbroadcast_buffers`.
 
     Args:
         size: rows held when full.

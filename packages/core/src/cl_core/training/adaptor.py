@@ -12,9 +12,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from cl_core import _checks
+from cl_core.distributed import unbroadcast_buffers
 from cl_core.gradient_cache import Portions, check_rows_are_alone, method_gradient_cache
 from cl_core.method import Method, Progress
 from cl_core.training.data import Data
@@ -127,6 +129,16 @@ class LitMethod(pl.LightningModule):
     def forward(self, inputs: Any) -> Tensor:
         """Embeddings, as ``method.embed``."""
         return self.method.embed(inputs)
+
+    def setup(self, stage: str) -> None:
+        """Before the method is wrapped: leave out of the broadcast at every forward what does not need it."""
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, unbroadcast_buffers(self))
+
+    def on_fit_start(self) -> None:
+        """After it is wrapped and moved: what the wrapper leaves alone begins as on the first process."""
+        if self.trainer.world_size > 1:
+            for name in unbroadcast_buffers(self):
+                torch.distributed.broadcast(self.get_buffer(name), 0)
 
     def on_train_start(self) -> None:
         """Tell the method, after Lightning has restored everything, and put back the random state."""

@@ -29,6 +29,9 @@ class SimLAP(Method):
     loss(z of view 1, z of view 2, y, p, g); of one view (``--data.num_views 1``) it is compared with itself. It trains
     with the labels. After training the gate tells which classes share which dimensions.
 
+    Each of several processes draws partners among its own labels, and its ``PairGate`` normalises over its own pairs:
+    they train exactly as one process with the whole batch only with ``IdenticalPartners`` and ``OpenGate``.
+
     Args:
         encoder: what is trained and kept.
         loss: called with (query, key, labels, partners, gates), as ``GatedPairLoss``; of one view with its
@@ -94,11 +97,14 @@ class Hydra(Method):
 
         ( (instance(q1, k2) + instance(q2, k1)) / 2 + balance (L(q1, k2) + L(q2, k1)) / 2 ) / (1 + balance)
 
+    Several processes draw and normalise as in :class:`SimLAP`.
+
     Args:
         encoder: what is trained and kept.
         loss: L, as for :class:`SimLAP`.
         num_classes: classes of the labels.
-        instance_loss: called with queries (N, D) and keys (N, D); None for InfoNCE at temperature 0.2.
+        instance_loss: called with queries (N, D) and keys (N, D); None for InfoNCE at temperature 0.2, with the
+            ``group`` of the loss.
         projector: head between encoder and loss; None for three layers of 4096 to 256 columns with layer normalisation
             at the end.
         predictor: from projections to queries; None for two layers of 4096.
@@ -139,7 +145,7 @@ class Hydra(Method):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}.")
         self.encoder, self.criterion = encoder, loss
-        self.instance_loss = instance_loss or InfoNCELoss(0.2)
+        self.instance_loss = instance_loss or InfoNCELoss(0.2, group=getattr(loss, "group", None))
         projector = projector or MLPProjector(hidden_dim=4096, out_dim=256, layers=3, final_norm="layer")
         self.projector, self.predictor = with_predictor(encoder, projector, predictor)
         self.num_classes, self.separate, self.balance = num_classes, separate, balance

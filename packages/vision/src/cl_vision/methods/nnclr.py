@@ -25,7 +25,8 @@ class NNCLR(Method):
 
     With z = head(encoder(view)), p = predictor(z) and nn(z) the nearest of the support set's rows, the loss is the mean
     of loss(nn(z1), p2) and loss(nn(z2), p1), the other predictions of the batch being the negatives. The support set
-    then takes in z1.
+    then takes in z1, of all processes where the loss has a ``group``: they train as one with the whole batch, but where
+    two rows are equally near, rounding may choose another neighbour.
 
     Args:
         encoder: what is trained and kept.
