@@ -42,6 +42,7 @@ HOSTS = {
     "vicreg": ("vicreg/digits", "--optimization.lr 1e-3", GROUP),
     "supcon": ("supcon/digits", "", GROUP),
     "swav": ("swav/digits", "--model.queue_size 40 --model.queue_from_epoch 0", GROUP),
+    "deepcluster": ("deepcluster-v2/digits", "--model.num_prototypes [8,6]", GROUP),
     "simlap": ("hydra/digits", ALONE, GROUP),
     "hydra": ("hydra/moco-digits", f"{PLAIN} {ALONE}", GROUP),
 }

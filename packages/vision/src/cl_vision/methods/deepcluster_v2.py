@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class DeepClusterV2(Method):
     their cluster, ours keep their last embedding.
     """
 
+    unbroadcast: ClassVar[tuple[str, ...]] = ("bank", "seen", "assignments", "prototypes", "epoch")
+    """Buffers that are equal on all processes already."""
     bank: Tensor
     seen: Tensor
     assignments: Tensor
