@@ -59,6 +59,22 @@ def test_embedding_map(tmp_path, blobs, projection):
     assert not np.array_equal(first, permuted)
 
 
+@pytest.mark.parametrize("last", [2, 3, 24, 100000])
+def test_steps_are_counted_in_whole_numbers(tmp_path, monkeypatch, last):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    curve = ([1, last], [0.3, 0.4])
+    figures.plot_curves(tmp_path / "curves.png", loss={"loss": curve}, accuracy={"kNN": curve})
+    figures.plot_comparison(
+        tmp_path / "comparison.png", accuracies={"a": {"kNN": ([0.4], None)}}, curves={"a": [curve]}
+    )
+    (loss, accuracy), (_, neighbours) = (figure.axes for figure in drawn)
+    for axes in (loss, accuracy, neighbours):
+        ticks = [tick for tick in axes.get_xticks() if 1 <= tick <= last]
+        assert len(ticks) >= 2 and all(tick == round(tick) for tick in ticks)
+    assert loss.get_ylabel() == "loss"  # of any kind: not all are measured in nats
+
+
 def test_embedding_map_of_unlabelled_rows(tmp_path, blobs):
     opened(figures.plot_embedding_map(tmp_path / "map.png", blobs[0], np.full(60, -1), projection="pca"))
 
