@@ -167,7 +167,7 @@ def test_bad_input_gets_one_sentence(tmp_path, blobs):
     assert not path.exists()
 
 
-def test_comparison(tmp_path):
+def test_comparison(tmp_path, monkeypatch):
     accuracies = {
         "loss A": {"kNN": ([0.5, 0.6], (0.3, 0.8)), "linear probe": ([0.7, 0.7], None)},
         "loss $B$": {"kNN": ([0.4], None), "linear probe": ([0.5], None)},
@@ -178,5 +178,17 @@ def test_comparison(tmp_path):
     both = opened(path)
     assert both.shape[1] > 1.8 * alone.shape[1]
     assert {rgb(figures.COLOURS[0]), rgb(figures.COLOURS[1])} <= colours_of(both)
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    for settings in (1, 2, 12):
+        given = {
+            f"a long name of a setting, number {place}": accuracies["loss A"] for place in range(settings)
+        }
+        figures.plot_comparison(tmp_path / "many.png", accuracies=given)
+        drawn[-1].draw_without_rendering()
+        label = drawn[-1].axes[0].xaxis.label.get_window_extent()
+        (legend,) = drawn[-1].legends
+        assert drawn[-1].bbox.x0 <= label.x0 and label.x1 <= drawn[-1].bbox.x1  # nothing is cut off
+        assert legend.get_window_extent().y1 < label.y0
     with pytest.raises(ValueError, match="accuracies must hold at least one setting"):
         figures.plot_comparison(tmp_path / "none.png", accuracies={})

@@ -346,6 +346,11 @@ def test_only_the_result_on_its_own_data_is_written_to_the_run(command, tiny):
         status, out, _ = command("test", "--ckpt", *arguments)
         assert (status, out.splitlines()[-1]) == (0, f"not written to a run: {why}")
     assert Path("here/metrics.json").read_bytes() == written
+    settings = json.loads(Path("here/settings.json").read_text())
+    settings["data"]["init_args"]["size"] = {"rows": 44}  # a colon ends no clause
+    Path("here/settings.json").write_text(json.dumps(settings))
+    out = command("test", "--ckpt", "here")[1]
+    assert "not written to a run: data.size was {'rows': 44} when here began and is 44 now\n" in out
 
 
 def test_somebody_elses_files_above_an_export_are_left_alone(command):

@@ -292,13 +292,13 @@ def plot_comparison(
     labels = [textwrap.fill(label, 30) for label in accuracies]
     axes[0].set_yticks(range(len(labels)), labels, parse_math=False)
     axes[0].set_ylim(len(accuracies) - 0.4, -0.6)
-    axes[0].set_xlabel("test accuracy (%): seeds, mean and 95 % interval")
+    axes[0].set_xlabel("test accuracy (%)\nseeds, mean and 95 % interval")
     _tidy(axes[0])
     handles = [
         Line2D([], [], linestyle="", marker=_MARKERS[place % len(_MARKERS)], color=_TEXT, label=metric)
         for place, metric in enumerate(metrics)
     ]
-    axes[0].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     if panels == 2:
         for row, of_seeds in enumerate(drawn.values()):
             for steps, values in of_seeds:
