@@ -59,6 +59,22 @@ def test_embedding_map(tmp_path, blobs, projection):
     assert not np.array_equal(first, permuted)
 
 
+@pytest.mark.parametrize("last", [2, 3, 24, 100000])
+def test_steps_are_counted_in_whole_numbers(tmp_path, monkeypatch, last):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    curve = ([1, last], [0.3, 0.4])
+    figures.plot_curves(tmp_path / "curves.png", loss={"loss": curve}, accuracy={"kNN": curve})
+    figures.plot_comparison(
+        tmp_path / "comparison.png", accuracies={"a": {"kNN": ([0.4], None)}}, curves={"a": [curve]}
+    )
+    (loss, accuracy), (_, neighbours) = (figure.axes for figure in drawn)
+    for axes in (loss, accuracy, neighbours):
+        ticks = [tick for tick in axes.get_xticks() if 1 <= tick <= last]
+        assert len(ticks) >= 2 and all(tick == round(tick) for tick in ticks)
+    assert loss.get_ylabel() == "loss"  # of any kind: not all are measured in nats
+
+
 def test_embedding_map_of_unlabelled_rows(tmp_path, blobs):
     opened(figures.plot_embedding_map(tmp_path / "map.png", blobs[0], np.full(60, -1), projection="pca"))
 
@@ -151,7 +167,7 @@ def test_bad_input_gets_one_sentence(tmp_path, blobs):
     assert not path.exists()
 
 
-def test_comparison(tmp_path):
+def test_comparison(tmp_path, monkeypatch):
     accuracies = {
         "loss A": {"kNN": ([0.5, 0.6], (0.3, 0.8)), "linear probe": ([0.7, 0.7], None)},
         "loss $B$": {"kNN": ([0.4], None), "linear probe": ([0.5], None)},
@@ -162,5 +178,17 @@ def test_comparison(tmp_path):
     both = opened(path)
     assert both.shape[1] > 1.8 * alone.shape[1]
     assert {rgb(figures.COLOURS[0]), rgb(figures.COLOURS[1])} <= colours_of(both)
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    for settings in (1, 2, 12):
+        given = {
+            f"a long name of a setting, number {place}": accuracies["loss A"] for place in range(settings)
+        }
+        figures.plot_comparison(tmp_path / "many.png", accuracies=given)
+        drawn[-1].draw_without_rendering()
+        label = drawn[-1].axes[0].xaxis.label.get_window_extent()
+        (legend,) = drawn[-1].legends
+        assert drawn[-1].bbox.x0 <= label.x0 and label.x1 <= drawn[-1].bbox.x1  # nothing is cut off
+        assert legend.get_window_extent().y1 < label.y0
     with pytest.raises(ValueError, match="accuracies must hold at least one setting"):
         figures.plot_comparison(tmp_path / "none.png", accuracies={})

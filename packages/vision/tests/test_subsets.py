@@ -55,7 +55,12 @@ def test_rows_from_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "lists no row"), ("4\n-1\n", "line 2, must be a row number"), ("999\n", "lists row 999, but")],
+    [
+        ("", "lists no row"),
+        ("4\n-1\n", "line 2, must be a row number"),
+        ("999\n", "lists row 999, but"),
+        ("9" * 30, f"lists row {'9' * 30}, but"),
+    ],
 )
 def test_bad_files_get_one_sentence(tmp_path, text, words):
     path = tmp_path / "rows.txt"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -345,6 +346,11 @@ def test_only_the_result_on_its_own_data_is_written_to_the_run(command, tiny):
         status, out, _ = command("test", "--ckpt", *arguments)
         assert (status, out.splitlines()[-1]) == (0, f"not written to a run: {why}")
     assert Path("here/metrics.json").read_bytes() == written
+    settings = json.loads(Path("here/settings.json").read_text())
+    settings["data"]["init_args"]["size"] = {"rows": 44}  # a colon ends no clause
+    Path("here/settings.json").write_text(json.dumps(settings))
+    out = command("test", "--ckpt", "here")[1]
+    assert "not written to a run: data.size was {'rows': 44} when here began and is 44 now\n" in out
 
 
 def test_somebody_elses_files_above_an_export_are_left_alone(command):
@@ -542,6 +548,30 @@ def test_several_processes_share_a_grid(command):
     assert [row["method"] for row in json.loads(Path("out/results.json").read_text())] == ["A", "B"]
 
 
+def test_a_run_that_another_process_begins_meanwhile_is_left_to_it(command, tiny, monkeypatch):
+    """Both find the first run missing; one begins it while the other still loads."""
+    Path("grid.yaml").write_text(GRID.replace("seeds: [0, 1]", "seeds: [0]"))
+    held = contextlib.ExitStack()
+    plain = tiny.TinyData.set_seed
+
+    def set_seed(self, seed):
+        run = RunFolder(Path("out/a-wide-seed0"))
+        if not run.config.is_file():
+            held.enter_context(run.locked())
+            run.write_settings(began["config"], began["settings"])
+        plain(self, seed)
+
+    assert command("reproduce", "grid.yaml", "--output", "other")[0] == 0
+    other = RunFolder(Path("other/a-wide-seed0"))
+    began = {"config": other.read_config(), "settings": other.read_settings()}
+    monkeypatch.setattr(tiny.TinyData, "set_seed", set_seed)
+    with held:
+        status, out, err = command("reproduce", "grid.yaml", "--output", "out")
+    assert (status, err) == (0, "")
+    assert "another process trains in out/a-wide-seed0: left to it" in out
+    assert [row["method"] for row in json.loads(Path("out/results.json").read_text())] == ["B"]
+
+
 def test_reproduce_refuses_a_folder_of_other_settings(command):
     Path("grid.yaml").write_text(GRID.replace("seeds: [0, 1]", "seeds: [0]"))
     assert command("reproduce", "grid.yaml", "--output", "out")[0] == 0
@@ -594,6 +624,30 @@ def test_a_stored_configuration_imports_nothing(command, tmp_path, monkeypatch):
     assert "planted_module" not in sys.modules
 
 
+def test_a_configuration_of_other_things_is_named(command):
+    Path("run").mkdir()
+    for text, words in (("model: 3", "model is 3"), ("data: [1, 2]", "data is [1, 2]")):
+        Path("run/config.yaml").write_text(text)
+        status, _, err = command("fit", "--resume", "run")
+        assert (status, err) == (2, f"cl-tiny: run/config.yaml is damaged: {words}.\n")
+
+
+def test_a_refused_run_leaves_its_folder_free(command, tiny, monkeypatch):
+    """The command put right may be typed again; what has learnt something stays."""
+
+    def refuse(self, batch):
+        raise ValueError("images must have 3 channels.")
+
+    again = ("fit", "--config", "tiny/quick", "--run_dir", "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny.TinyMethod, "loss", refuse)
+        assert command(*again)[0] == 2
+    assert not any(Path("run", name).exists() for name in ("config.yaml", "settings.json", "metrics.json"))
+    assert command(*again)[0] == 0
+    status, _, err = command(*again)
+    assert status == 2 and "already holds a run" in err
+
+
 def test_what_a_loader_worker_says_is_one_sentence(command, tiny, monkeypatch):
     def item(self, index):
         raise ValueError("item 3 is broken: see there")
@@ -638,6 +692,49 @@ def test_compare_has_intervals_over_seeds_and_paired_differences(command, domain
         ("width 8", [0, 1, 2]),
     ]
     assert Path("comparison/comparison.md").read_text() in out
+
+
+def test_compare_tells_settings_of_one_class_apart_beside_another_class(command):
+    for width in (4, 8, 9):
+        run_of(Path(f"runs/{width}"), width=width)
+    settings = json.loads(Path("runs/9/settings.json").read_text())
+    settings["model"] = {"class_path": "tiny.Other", "init_args": {}}
+    Path("runs/9/settings.json").write_text(json.dumps(settings))
+    assert command("compare", "runs")[0] == 0
+    written = json.loads(Path("comparison/comparison.json").read_text())
+    assert [row["label"] for row in written] == [
+        "model TinyEncoder, width 4",
+        "model TinyEncoder, width 8",
+        "model Other",
+    ]
+
+
+def test_compare_never_gives_two_settings_one_name(command):
+    """A setting that only a later version has tells two runs apart, but not in words."""
+    for name in ("a", "b"):
+        run_of(Path(f"runs/{name}"))
+    settings = json.loads(Path("runs/b/settings.json").read_text())
+    settings["model"]["init_args"]["new"] = None
+    Path("runs/b/settings.json").write_text(json.dumps(settings))
+    assert command("compare", "runs")[0] == 0
+    written = json.loads(Path("comparison/comparison.json").read_text())
+    assert [row["label"] for row in written] == ["runs/a", "runs/b"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("metrics.json", {"trained": {"knn": 0.5}}, "is damaged: what was trained lacks linear."),
+        ("metrics.json", {"trained": "x"}, "is damaged: trained is 'x'."),
+        ("settings.json", {"seed": "x"}, "is damaged: seed is 'x'."),
+        ("settings.json", {"model": 1}, "is damaged: model is 1."),
+    ],
+)
+def test_a_damaged_run_is_named(command, file, change, words):
+    run_of(Path("runs/one"))
+    path = Path("runs/one", file)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert command("compare", "runs") == (2, "", f"cl-tiny: {path} {words}\n")
 
 
 def test_compare_hands_its_figure_what_it_found(tiny, domain, capsys):

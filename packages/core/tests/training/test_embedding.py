@@ -86,6 +86,29 @@ def test_names_and_labels_make_a_table(tiny, monkeypatch):
     assert len(lines) == 44
 
 
+def test_what_is_not_an_embedding_is_left_alone(tiny, monkeypatch):
+    """Refused before anything is computed or written."""
+    monkeypatch.setattr(tiny.TinyData, "row_names", lambda self, split: list(map(str, range(44))))
+    method = tiny.method()
+    seen = calls_of(method, monkeypatch)
+    Path("z.safetensors.parts").mkdir()
+    Path("z.safetensors.parts/thesis.tex").write_text("mine")
+    Path("labels.csv").write_text("name,label\na,b\n")
+    Path("folder").mkdir()
+    for output, error, words in (
+        ("z.safetensors", FileExistsError, "holds 'thesis.tex': choose another output"),
+        ("labels.safetensors", FileExistsError, "labels.csv is where the table of names belongs"),
+        ("z.csv", ValueError, "output must not end in .csv"),
+        ("folder", IsADirectoryError, "got the folder folder"),
+    ):
+        with pytest.raises(error, match=words):
+            embed(tiny, method, output)
+    assert seen == []
+    assert Path("z.safetensors.parts/thesis.tex").read_text() == "mine"
+    assert Path("labels.csv").read_text() == "name,label\na,b\n"
+    assert embed(tiny, method, "new.safetensors").table == embed(tiny, method, "new.safetensors").table
+
+
 def test_progress_is_shown_unless_told_otherwise(tiny, capsys):
     embed(tiny, tiny.method(), progress=True)
     assert "embedding test: 100%" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from cl_core.training.files import write_atomically
 
@@ -66,7 +67,7 @@ def plot_curves(
     panels = 1 if not accuracy and not baselines else 2
     figure = _figure(width=5.2 * panels, height=3.8)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _draw_curves(axes[0], loss, step_name, "loss (nats)")
+    _draw_curves(axes[0], loss, step_name, "loss")
     if panels == 2:
         percent = {
             name: (steps, [100 * value for value in values])
@@ -291,19 +292,19 @@ def plot_comparison(
     labels = [textwrap.fill(label, 30) for label in accuracies]
     axes[0].set_yticks(range(len(labels)), labels, parse_math=False)
     axes[0].set_ylim(len(accuracies) - 0.4, -0.6)
-    axes[0].set_xlabel("test accuracy (%): seeds, mean and 95 % interval")
+    axes[0].set_xlabel("test accuracy (%)\nseeds, mean and 95 % interval")
     _tidy(axes[0])
     handles = [
         Line2D([], [], linestyle="", marker=_MARKERS[place % len(_MARKERS)], color=_TEXT, label=metric)
         for place, metric in enumerate(metrics)
     ]
-    axes[0].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     if panels == 2:
         for row, of_seeds in enumerate(drawn.values()):
             for steps, values in of_seeds:
                 percent = [100 * value for value in values]
                 axes[1].plot(steps, percent, color=COLOURS[row % len(COLOURS)], linewidth=1.2, alpha=0.8)
-        axes[1].set_xlabel(step_name)
+        _count(axes[1], step_name)
         axes[1].set_ylabel("neighbours on validation (%)")
         _tidy(axes[1])
     figure.suptitle(title, color=_TEXT)
@@ -365,7 +366,7 @@ def _draw_curves(
         marker = _MARKERS[place % len(_MARKERS)] if markers or len(steps) == 1 else None
         colour = COLOURS[place % len(COLOURS)]
         axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=4, label=name)
-    axes.set_xlabel(step_name)
+    _count(axes, step_name)
     axes.set_ylabel(quantity)
     _tidy(axes)
 
@@ -410,6 +411,12 @@ def _tidy(axes: Axes, *, grid: bool = True) -> None:
     if grid:
         axes.grid(color=_GRID, linewidth=0.6)
         axes.set_axisbelow(True)
+
+
+def _count(axes: Axes, step_name: str | None) -> None:
+    """Say along the horizontal axis what is counted, at whole numbers: there is no half step."""
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.set_xlabel(step_name or "")
 
 
 def _write(text: Text, name: str) -> None:

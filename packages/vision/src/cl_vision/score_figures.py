@@ -77,7 +77,7 @@ def plot_score_curves(
         axes.margins(x=0.01)
         figures._tidy(axes)
     for axes in figure.axes[2:]:
-        axes.set_xlabel(step_name)
+        figures._count(axes, step_name)
     if names:
         styles = [_style(place) for place in range(len(names))]
         handles = [Line2D([], [], color=colour, linestyle=dashes, linewidth=2) for colour, dashes in styles]
@@ -181,10 +181,9 @@ def plot_score_waterfall(
             (label, np.asarray(steps, float), smoothed(_curve(steps, curves[statistic])))
             for label, (steps, curves) in values
         ]
+        figures._count(axes, step_name if axes.get_subplotspec().is_last_row() else None)
         _draw_waterfall(axes, lines)
         axes.set_title(heading, color=figures._TEXT, fontsize=11)
-        if axes.get_subplotspec().is_last_row():
-            axes.set_xlabel(step_name)
         if axes.get_subplotspec().is_first_col():
             figures._write(axes.set_ylabel("setting", color=figures._TEXT), name)
     _head(figure, title or f"Scores over training, by {name}")

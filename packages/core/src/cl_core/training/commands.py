@@ -264,7 +264,7 @@ def _other(run: RunFolder, result: Path | None, built: Any) -> str:
     try:
         changes({name: began[name] for name in now}, now, run=run.path)
     except ValueError as error:
-        return str(error).partition(":")[0]
+        return str(error).partition(": resume it")[0]
     return ""
 
 

@@ -99,8 +99,10 @@ def compare(places: Sequence[str | Path]) -> list[Compared]:
             raise ValueError(f"{run.path} is not finished: go on with it first (fit --resume {run.path}).")
         if not metrics.get("trained"):
             raise ValueError(f"{run.path} has no accuracies to compare: its data has no labels.")
+        if lost := [metric for metric in METRICS if metric not in metrics["trained"]]:
+            raise ValueError(f"{run.metrics} is damaged: what was trained lacks {', '.join(lost)}.")
         settings = run.read_settings()
-        seed, rest = int(settings["seed"]), _without_beside("", settings)
+        seed, rest = settings["seed"], _without_beside("", settings)
         for known, members in groups:
             if known == rest:
                 if any(seed == other for other, _, _ in members):
@@ -109,7 +111,9 @@ def compare(places: Sequence[str | Path]) -> list[Compared]:
                 break
         else:
             groups.append((rest, [(seed, run, metrics)]))
-    labels = _labels([rest for rest, _ in groups])
+    labels = _told_apart(
+        _labels([rest for rest, _ in groups]), [str(members[0][1].path) for _, members in groups]
+    )
     return [_compared(label, members) for label, (_, members) in zip(labels, groups, strict=True)]
 
 
@@ -168,15 +172,11 @@ def labels_of(runs: Sequence[RunFolder]) -> list[str]:
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise ValueError(f"every run must be given once, got {', '.join(str(run.path) for run in runs)}.")
     settings = [run.read_settings() for run in runs]
-    labels = _labels([_without_beside("", each) for each in settings])
-    for more in ([f"seed {each['seed']}" for each in settings], [str(run.path) for run in runs]):
-        if len(set(labels)) < len(labels):
-            several = {label for label in labels if labels.count(label) > 1}
-            labels = [
-                ", ".join(filter(None, (label, word))) if label in several else label
-                for label, word in zip(labels, more, strict=True)
-            ]
-    return labels
+    return _told_apart(
+        _labels([_without_beside("", each) for each in settings]),
+        [f"seed {each['seed']}" for each in settings],
+        [str(run.path) for run in runs],
+    )
 
 
 def _runs_in(place: Path) -> list[RunFolder]:
@@ -225,18 +225,31 @@ def _labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [", ".join(each) for each in words]
 
 
-def _collect_differences(name: str, values: list[Any], words: list[list[str]]) -> None:
+def _told_apart(labels: list[str], *more: Sequence[str]) -> list[str]:
+    """Labels, those that several share with a word more each, until all are others."""
+    for words in more:
+        several = {label for label in labels if labels.count(label) > 1}
+        labels = [
+            ", ".join(filter(None, (label, word))) if label in several else label
+            for label, word in zip(labels, words, strict=True)
+        ]
+    return labels
+
+
+def _collect_differences(name: str, values: Sequence[Any], words: Sequence[list[str]]) -> None:
     if all(value == values[0] for value in values):
         return
-    if all(isinstance(value, Mapping) for value in values) and (
-        len({value.get("class_path") for value in values}) == 1
-    ):
+    kinds = [value.get("class_path") if isinstance(value, Mapping) else None for value in values]
+    if all(isinstance(value, Mapping) for value in values) and len(set(kinds)) == 1:
         for inner in dict.fromkeys(key for value in values for key in value):
             following = name if inner == "init_args" else inner
             _collect_differences(following, [value.get(inner) for value in values], words)
         return
     for each, value in zip(words, values, strict=True):
         each.append(f"{name} {_short(value)}")
+    for kind in dict.fromkeys(filter(None, kinds)):  # those of one class may differ in their arguments
+        members = [place for place, other in enumerate(kinds) if other == kind]
+        _collect_differences(name, [values[place] for place in members], [words[place] for place in members])
 
 
 def _short(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -23,6 +24,9 @@ from cl_core.training.data import Data, Split
 from cl_core.training.evaluating import embed_dataset, in_evaluation
 from cl_core.training.files import make_folder, read_json, text_of, to_json, write_atomically
 from cl_core.training.settings import data_settings, read_back
+
+_HEAD = ("row", "name", "label")
+_PART_FILES = r"whole\.json|\d{6,}\.safetensors|\..*\.part"
 
 
 class Embedded(NamedTuple):
@@ -68,13 +72,16 @@ def embed_to_file(
         progress: show a bar.
 
     Raises:
-        OSError: in one sentence, if a file cannot be written.
+        OSError: in one sentence, if a file cannot be written; also if something else than an earlier embedding lies
+            where the parts or the table belong.
+        ValueError: if ``output`` has the name of the table.
     """
     _checks.count("batch_size", batch_size)
     _checks.count("rows_per_part", rows_per_part)
     output = Path(output)
+    _check_free(output, table=data.row_names(split) is not None)
     dataset: Any = data.evaluation_dataset(split)
-    total, parts = len(dataset), output.with_name(output.name + ".parts")
+    total, parts = len(dataset), _parts(output)
     described = data_settings(data)
     for beside in ("batch_size", "num_workers"):
         described["data"]["init_args"].pop(beside, None)
@@ -115,6 +122,33 @@ def embed_to_file(
     return Embedded(output, table, len(rows), rows.shape[1] if rows.ndim == 2 else 0)
 
 
+def _check_free(output: Path, *, table: bool) -> None:
+    """Refuse what would overwrite anything but an earlier embedding."""
+    if output.is_dir():
+        raise IsADirectoryError(f"output must be a file to write, got the folder {output}.")
+    parts, names = _parts(output), output.with_suffix(".csv")
+    if parts.is_dir():
+        foreign = [file.name for file in parts.iterdir() if not re.fullmatch(_PART_FILES, file.name)]
+        if foreign:
+            raise FileExistsError(
+                f"{parts} is where the parts of {output} belong, but holds {min(foreign)!r}: choose another output."
+            )
+    if not table:
+        return
+    if output.suffix.lower() == ".csv":
+        raise ValueError(f"output must not end in .csv, as the table of names beside it does, got {output}.")
+    if names.is_file():
+        with names.open(errors="replace") as file:
+            if file.readline().strip() != ",".join(_HEAD):
+                raise FileExistsError(
+                    f"{names} is where the table of names belongs, but is another file: choose another output."
+                )
+
+
+def _parts(output: Path) -> Path:
+    return output.with_name(output.name + ".parts")
+
+
 def _begin(parts: Path, whole: Mapping[str, Any]) -> None:
     """Keep parts of the same embedding, throw away those of another."""
     told = parts / "whole.json"
@@ -146,7 +180,7 @@ def _write_names(data: Data, split: Split, labels: Tensor, path: Path) -> Path |
 
     def write(file: Any) -> None:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", "name", "label"])
+        writer.writerow(_HEAD)
         for row, (name, label) in enumerate(zip(names, labels.tolist(), strict=True)):
             known = classes is not None and label >= 0
             writer.writerow([row, name, classes[label] if known and classes else ""])

@@ -282,29 +282,32 @@ def _fit_in(
     ):
         resumed = run.config.is_file()
         restore = run.snapshot()
-        if rank == 0:
-            run.write_settings(asked, settings)
-            run.write_versions(task.package)
-            if run.finished:
-                run.reopen()
-            _measure_baselines(run, task)
-        if initial is not None:
-            kept = artifacts.initialise(task.method, initial, source=str(task.init_from))
-            if rank == 0:
-                run.write_metrics(initialised_from=settings["init_from"], kept_initial=kept)
-                if kept:
-                    _LOG.warning(
-                        "%d of %d weights were not in %s and keep their initial values, %s first.",
-                        len(kept),
-                        len(task.method.state_dict()),
-                        task.init_from,
-                        kept[0],
-                    )
-        task.method.train()
         try:
+            if rank == 0:
+                run.write_settings(asked, settings)
+                run.write_versions(task.package)
+                if run.finished:
+                    run.reopen()
+                _measure_baselines(run, task)
+            if initial is not None:
+                kept = artifacts.initialise(task.method, initial, source=str(task.init_from))
+                if rank == 0:
+                    run.write_metrics(initialised_from=settings["init_from"], kept_initial=kept)
+                    if kept:
+                        _LOG.warning(
+                            "%d of %d weights were not in %s and keep their initial values, %s first.",
+                            len(kept),
+                            len(task.method.state_dict()),
+                            task.init_from,
+                            kept[0],
+                        )
+            task.method.train()
             table = _train(lit, run, task)
         except Exception:
-            if resumed and not lit.started and rank == 0:  # refused: all stays as it was
+            learnt = lit.started if resumed else lit.steps_done > 0
+            if (
+                not learnt and rank == 0
+            ):  # refused: all stays as it was, and a new folder is free for another attempt
                 restore()
             raise
         task.method.to("cpu").eval()

@@ -203,8 +203,13 @@ def _run_cell(domain: Domain, cell: Cell, seed: int, folder: Path) -> None:
     write_atomically(asked, to_json(plan))
     if run.finished:
         return
-    where = ["--resume", str(run.path)] if run.config.is_file() else ["--run_dir", str(run.path)]
-    fit_from(domain, where if where[0] == "--resume" else [*cell.arguments(seed), *where])
+    if not run.config.is_file():
+        try:
+            fit_from(domain, [*cell.arguments(seed), "--run_dir", str(run.path)])
+            return
+        except FileExistsError:  # another process has begun it meanwhile
+            pass
+    fit_from(domain, ["--resume", str(run.path)])
 
 
 def _collect(grid: Grid, seeds: Sequence[int], folder: Path) -> list[dict[str, Any]]:

@@ -148,6 +148,9 @@ class RunFolder:
         settings = self._read_object(self.settings)
         if lost := [name for name in _ALWAYS if name not in settings]:
             raise ValueError(f"{self.settings} is truncated: it lacks {', '.join(lost)}.")
+        for kind, names in ((dict, ("model", "data", "evaluation")), (int, ("seed",))):
+            if wrong := [name for name in names if not isinstance(settings[name], kind)]:
+                raise ValueError(f"{self.settings} is damaged: {wrong[0]} is {settings[wrong[0]]!r:.40}.")
         return settings
 
     def read_config(self) -> dict[str, Any]:
@@ -162,6 +165,8 @@ class RunFolder:
             config = None
         if not isinstance(config, dict):
             raise ValueError(f"{self.config} is not readable YAML: it is truncated or corrupt.")
+        if wrong := [name for name in ("model", "data") if not isinstance(config.get(name, {}), dict)]:
+            raise ValueError(f"{self.config} is damaged: {wrong[0]} is {config[wrong[0]]!r:.40}.")
         return config
 
     def write_versions(self, package: str) -> None:
@@ -195,17 +200,28 @@ class RunFolder:
         write_atomically(self.metrics, to_json(kept))
 
     def read_metrics(self) -> dict[str, Any]:
-        """``metrics.json``, empty if there is none yet."""
-        return self._read_object(self.metrics) if self.metrics.is_file() else {}
+        """``metrics.json``, empty if there is none yet.
+
+        Raises:
+            ValueError: in one sentence, if it is not readable.
+        """
+        metrics = self._read_object(self.metrics) if self.metrics.is_file() else {}
+        for name in ("trained", "untrained", "raw", "train"):
+            if not isinstance(metrics.get(name) or {}, dict):
+                raise ValueError(f"{self.metrics} is damaged: {name} is {metrics[name]!r:.40}.")
+        return metrics
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that puts back what the run said of itself when this was called."""
+        """A function that puts back what the run said of itself when this was called, nothing if it was none yet."""
         files = (self.settings, self.config, self.metrics, self.path / "versions.json")
         contents = {file: file.read_bytes() for file in files if file.is_file()}
 
         def restore() -> None:
-            for file, content in contents.items():
-                write_atomically(file, content)
+            for file in files:
+                if file in contents:
+                    write_atomically(file, contents[file])
+                else:
+                    file.unlink(missing_ok=True)
 
         return restore
 

@@ -102,13 +102,13 @@ class IndexFile(Subset):
     def select(self, rows: Tensor, labels: Tensor) -> Tensor:
         """The rows that are kept, ascending."""
         listed = self._read()
-        if listed.numel() and int(listed.max()) > int(rows.max()):
+        if max(listed) > int(rows.max()):
             raise ValueError(
-                f"{self.path} lists row {int(listed.max())}, but there are rows 0 to {int(rows.max())} only."
+                f"{self.path} lists row {max(listed)}, but there are rows 0 to {int(rows.max())} only."
             )
-        return rows[torch.isin(rows, listed)]
+        return rows[torch.isin(rows, torch.tensor(listed))]
 
-    def _read(self) -> Tensor:
+    def _read(self) -> list[int]:
         if not self.path.is_file():
             raise FileNotFoundError(f"no file of rows {self.path}: pass one with a row number a line.")
         numbers = []
@@ -120,7 +120,7 @@ class IndexFile(Subset):
                 numbers.append(int(text))
         if not numbers:
             raise ValueError(f"{self.path} lists no row.")
-        return torch.tensor(numbers)
+        return numbers
 
 
 def write_rows(path: str | Path, rows: Tensor) -> None:
