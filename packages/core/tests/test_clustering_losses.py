@@ -152,6 +152,20 @@ def test_swav_is_its_definition_with_constant_codes(seed, count, crops):
     torch.testing.assert_close(SwAVLoss(0.2, assignment_crops=crops)(*scores), expected.mean())
 
 
+@SEEDS
+def test_hard_codes_name_one_prototype_each(seed):
+    scores = [cosines(7, 4, seed + 10 * v).requires_grad_() for v in range(3)]
+    codes = [naive_sinkhorn(scores[crop].detach(), 0.05, 3) for crop in (0, 1)]
+    hard = [(q == q.max(1, keepdim=True).values).to(q.dtype) for q in codes]
+    assert all((q.sum(1) == 1).all() for q in hard)
+    expected = naive_swav(scores, hard, (0, 1), 0.1)
+    torch.testing.assert_close(swav_loss(*scores, hard_codes=True, reduction="none"), expected)
+    torch.testing.assert_close(SwAVLoss(hard_codes=True)(*scores), expected.mean())
+    assert (expected - naive_swav(scores, codes, (0, 1), 0.1)).abs().max() > 1e-3
+    with pytest.raises(TypeError, match="hard_codes must be"):
+        SwAVLoss(hard_codes=1)
+
+
 def test_small_crops_predict_and_give_no_codes():
     large, small = [cosines(6, 4, v) for v in range(2)], cosines(6, 4, 2).requires_grad_()
     (gradient,) = torch.autograd.grad(swav_loss(*large, small), small)

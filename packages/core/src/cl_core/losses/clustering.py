@@ -67,6 +67,7 @@ def swav_loss(
     assignment_crops: Sequence[int] = (0, 1),
     epsilon: float = 0.05,
     iterations: int = 3,
+    hard_codes: bool = False,
     temperature: float | Tensor = 0.1,
     reduction: Reduction = "mean",
     group: Group = None,
@@ -89,6 +90,7 @@ def swav_loss(
         assignment_crops: which crops give codes; small crops usually only predict.
         epsilon: of :func:`sinkhorn`.
         iterations: of :func:`sinkhorn`.
+        hard_codes: 1 for the prototype with the largest code, 0 for all others, in place of the codes.
         temperature: T > 0 of the predictions; a 0-d tensor receives a gradient.
         reduction: "mean" over the N samples, "sum", or "none" for shape (N,).
         group: process group over which the batch is spread: codes are balanced over all its rows.
@@ -108,6 +110,7 @@ def swav_loss(
     _checks.positive("temperature", temperature)
     _check_sinkhorn(epsilon, iterations)
     _check_crops(assignment_crops, len(scores))
+    _checks.flag("hard_codes", hard_codes)
     named = {f"scores[{i}]": crop for i, crop in enumerate(scores)}
     check_rows(group, **named)
     _checks.same_shape(**named)
@@ -126,6 +129,8 @@ def swav_loss(
         _check_size(name, of_crop, epsilon=epsilon, temperature=temperature)
     split = shard(scores[0], group)
     codes = _codes_of_crops([scores[crop] for crop in assignment_crops], queue, epsilon, iterations, split)
+    if hard_codes:
+        codes = [F.one_hot(each.argmax(1), each.shape[1]).to(each.dtype) for each in codes]
     values = []
     for crop, given in enumerate(scores if predictions is None else predictions):
         targets = [q for q, own in zip(codes, assignment_crops, strict=True) if own != crop]
@@ -336,6 +341,7 @@ class SwAVLoss(ScoresLoss):
         assignment_crops: which crops give codes.
         epsilon: of :func:`sinkhorn`.
         iterations: of :func:`sinkhorn`.
+        hard_codes: one prototype for each code instead of shares of all.
         reduction: "mean", "sum" or "none".
         group: process group over which the batch is spread: None, "world" or a process group.
     """
@@ -347,16 +353,19 @@ class SwAVLoss(ScoresLoss):
         assignment_crops: Sequence[int] = (0, 1),
         epsilon: float = 0.05,
         iterations: int = 3,
+        hard_codes: bool = False,
         reduction: Reduction = "mean",
         group: Group = None,
     ) -> None:
         _check_sinkhorn(epsilon, iterations)
         _check_crops(assignment_crops)
+        _checks.flag("hard_codes", hard_codes)
         super().__init__(
             temperature=temperature,
             assignment_crops=tuple(assignment_crops),
             epsilon=epsilon,
             iterations=iterations,
+            hard_codes=hard_codes,
             reduction=reduction,
             group=group,
         )
