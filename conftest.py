@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-# Two workers of two threads each would be slower than one; what the workers and the tests start inherits this.
+# The workers share the cores, so each has one thread; what they and the tests start inherits this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Container images often forbid byte code: each worker and each subprocess would compile all that it imports anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -13,7 +13,7 @@ sys.dont_write_bytecode = False
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One worker a core, at most four (each may take 2 GB); none for single files, which end before workers begin."""
+    """One a core, at most four, as each takes up to 2 GB; none for single files, most of which end before workers begin."""
     if all(".py" in argument for argument in config.args):
         return 0
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -118,7 +118,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 def _available(group: str) -> tuple[Plugin, ...]:
     found: dict[str, Plugin] = {}
-    release = cache(_name_and_version)  # a distribution may register many names, and each reading parses a file
+    release = cache(
+        _name_and_version
+    )  # a distribution may register many names, and each reading parses a file
     for entry in entry_points(group=group):
         if entry.dist is None:
             continue
