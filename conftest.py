@@ -13,10 +13,10 @@ sys.dont_write_bytecode = False
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One a core, at most four, as each takes up to 2 GB; none for single files, most of which end before workers begin."""
-    if all(".py" in argument for argument in config.args):
-        return 0
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """One a core, at most four, as each takes up to 2 GB; none for single files, most of which end sooner without."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    alone = cores == 1 or all(".py" in argument for argument in config.args)
+    return 0 if alone else min(4, cores)
 
 
 @pytest.fixture(scope="session", autouse=True)
