@@ -6,6 +6,7 @@ import sys
 import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from workspace import ROOT, bound_problems, members
 
@@ -89,8 +90,8 @@ def test_members_share_python_licence_and_backend(member):
 @each_member
 def test_each_member_brings_its_own_test_tools(member):
     """Groups are per project: without pytest here, an isolated run would start some other pytest."""
-    groups = member.pyproject["dependency-groups"]
-    assert any(line.startswith("pytest") for line in groups["dev"])
+    own = {canonicalize_name(Requirement(line).name) for line in member.pyproject["dependency-groups"]["dev"]}
+    assert own >= {"pytest", "pytest-xdist"}  # the shared settings name options of both
 
 
 @each_member

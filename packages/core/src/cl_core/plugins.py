@@ -14,8 +14,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, entry_points
 from typing import Any
 
 LOSSES, METHODS, DOMAINS = "contrastive.losses", "contrastive.methods", "contrastive.domains"
@@ -117,11 +118,13 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 def _available(group: str) -> tuple[Plugin, ...]:
     found: dict[str, Plugin] = {}
+    release = cache(
+        _name_and_version
+    )  # a distribution may register many names, and each reading parses a file
     for entry in entry_points(group=group):
-        distribution = entry.dist
-        if distribution is None:
+        if entry.dist is None:
             continue
-        plugin = Plugin(entry.name, re.sub(r"\s", "", entry.value), distribution.name, distribution.version)
+        plugin = Plugin(entry.name, re.sub(r"\s", "", entry.value), *release(entry.dist))
         other = found.setdefault(plugin.name, plugin)
         if other != plugin:
             raise ValueError(
@@ -129,6 +132,11 @@ def _available(group: str) -> tuple[Plugin, ...]:
                 f"and by {plugin.distribution} as {plugin.target!r}; uninstall one."
             )
     return tuple(sorted(found.values()))
+
+
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    metadata = distribution.metadata
+    return metadata["Name"], metadata["Version"]
 
 
 def _find(what: str, name: str, plugins: tuple[Plugin, ...]) -> Plugin:
