@@ -55,6 +55,14 @@ class Method(nn.Module):
         """What a downstream user wants: one row an input, shape (N, D), whatever other inputs are there."""
         raise NotImplementedError(f"{type(self).__name__} must define embed(inputs).")
 
+    def classify(self, inputs: Any) -> Tensor:
+        """Define it where the method has a classifier of its own: a score for every class, shape (N, C).
+
+        Column c speaks for label c and the largest score of a row is its answer, whatever other inputs are there. An
+        evaluation then also gives the share of right answers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no classifier of its own.")
+
     def on_fit_start(self, progress: Progress) -> None:
         """Hook: once before the first step, also after a resume."""
 

@@ -27,6 +27,7 @@ FORMAT = "cl-export"
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _ALIASES = {"loss": "criterion"}
+_ENCODER = "encoder."  # what methods call the part that others take over
 
 
 def export_method(method: Method, folder: str | Path) -> Path:
@@ -112,7 +113,7 @@ def initialise(method: Method, weights: dict[str, Tensor], *, source: str | Path
         Names of the method's own weights that keep their initial values.
 
     Raises:
-        ValueError: if nothing fits.
+        ValueError: if nothing fits, or nothing of the encoder where both have one.
     """
     kept = fitting(method, weights, source=source)
     method.load_state_dict(kept, strict=False)
@@ -123,7 +124,18 @@ def fitting(method: Method, weights: dict[str, Tensor], *, source: str | Path) -
     """The weights that fit a method by name and shape; raises as :func:`initialise`."""
     own = method.state_dict()
     found = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    if not found:
+    wide = [
+        name for name, value in own.items() if value.ndim > 1
+    ]  # the rest, such as counters, fits by chance
+    encoder = [name for name in wide if name.startswith(_ENCODER)]
+    if encoder and not found.keys() & encoder and any(name.startswith(_ENCODER) for name in weights):
+        name = encoder[0]
+        theirs = f"has shape {tuple(weights[name].shape)}" if name in weights else "does not exist"
+        raise ValueError(
+            f"the encoder of {source} does not fit that of {type(method).__name__}: {name} {theirs} there and has "
+            f"shape {tuple(own[name].shape)} here."
+        )
+    if not found.keys() & (wide or own):
         raise ValueError(
             f"no weight of {source} fits {type(method).__name__} by name and shape: it has "
             f"{', '.join(list(weights)[:3])}, ..., the method has {', '.join(list(own)[:3])}, ..."

@@ -36,6 +36,7 @@ from cl_core.training.evaluating import (
     Embedding,
     Evaluation,
     accuracies,
+    classifier_accuracies,
     embed_split,
     evaluate,
     evaluate_raw,
@@ -61,6 +62,7 @@ from cl_core.training.settings import (
 
 _LOG = logging.getLogger(__name__)
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
+_NAMED = 4  # weights in a sentence
 
 
 @dataclass(frozen=True)
@@ -294,11 +296,11 @@ def _fit_in(
                 run.write_metrics(initialised_from=settings["init_from"], kept_initial=kept)
                 if kept:
                     _LOG.warning(
-                        "%d of %d weights were not in %s and keep their initial values, %s first.",
+                        "%d of %d weights were not in %s and keep their initial values: %s.",
                         len(kept),
                         len(task.method.state_dict()),
                         task.init_from,
-                        kept[0],
+                        ", ".join(kept if len(kept) <= _NAMED else [*kept[:_NAMED], "..."]),
                     )
         task.method.train()
         try:
@@ -397,9 +399,12 @@ def _conclude(run: RunFolder, lit: LitMethod, task: _Task, table: MetricsTable) 
             split: embed_split(method, task.data, split, device=task.device, batch_size=size)
             for split in SPLITS
         }
+        own = classifier_accuracies(method, task.data, task.judged, device=task.device)
         method.to("cpu")
         train, validation, test = embeddings.values()
-        entries["trained"] = accuracies(train, validation, test, task.judged)
+        entries["trained"] = accuracies(train, validation, test, task.judged) | own
+        if own and (names := task.data.class_names) is not None:
+            entries["class_names"] = [str(name) for name in names]  # that the columns of its scores speak for
     metrics = run.write_metrics(**entries, train=table.rows[-1] if table.rows else {})
     if task.artist is not None:
         try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cl_vision.methods.barlow_twins import BarlowTwins
     from cl_vision.methods.byol import BYOL
+    from cl_vision.methods.classifier import Classifier
     from cl_vision.methods.hydra import Hydra, SimLAP
     from cl_vision.methods.moco import MoCo, MoCoV3
     from cl_vision.methods.nnclr import NNCLR
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BYOL": "byol",
     "BarlowTwins": "barlow_twins",
+    "Classifier": "classifier",
     "Hydra": "hydra",
     "MoCo": "moco",
     "MoCoV3": "moco",
@@ -35,6 +37,7 @@ __all__ = [
     "BYOL",
     "NNCLR",
     "BarlowTwins",
+    "Classifier",
     "Hydra",
     "MoCo",
     "MoCoV3",
