@@ -141,3 +141,31 @@ def test_it_starts_from_what_another_method_has_learnt(tmp_path, monkeypatch, ca
         in said
     )
     assert said.count("\n") == 1 and not Path("third").exists()
+
+
+def test_a_run_is_judged_on_other_data_and_keeps_its_own_metrics(tmp_path, monkeypatch, capsys, write_image):
+    monkeypatch.chdir(tmp_path)
+    for label, name in enumerate(("dark", "light")):
+        for place in range(8):
+            write_image(tmp_path / "photos" / name / f"{place}.png", 20 * place + 60 * label, mode="L")
+    assert (
+        run("--config", "finetune/digits", *SMALL.split(), "--run_dir=own", "--monitor.knn_every_epochs=null")
+        == 0
+    )
+    before = {path: path.read_bytes() for path in Path("own").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    other = ["--data=ImageFolder", f"--data.root={tmp_path / 'photos'}", "--data.channels=1"]
+    for verb, split in (("test", "test"), ("validate", "validation")):
+        assert main([verb, "--ckpt=own", *other, "--evaluation.neighbours=[1]"]) == 0
+        out, err = capsys.readouterr()
+        first, second, last = out.splitlines()
+        assert (first.startswith(f"{split} accuracy on ImageFolder: kNN "), "classifier" in first, err) == (
+            True,
+            False,
+            "",
+        )
+        assert "it tells 0, 1, 2, ... (10 classes) apart, these data have dark, light" in second
+        assert last.startswith(
+            "not written to a run: data.class_path was cl_vision.data.digits.Digits when own began"
+        )
+    assert {path: path.read_bytes() for path in Path("own").rglob("*") if path.is_file()} == before

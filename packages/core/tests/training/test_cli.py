@@ -435,7 +435,7 @@ def test_a_classifier_of_other_classes_is_left_out(command):
 
     status, out, err = command("test", "--ckpt", "own", "--data", "OtherData")
     assert (status, err) == (0, "")
-    assert out.startswith("test accuracy: kNN ") and ", classifier" not in out
+    assert out.startswith("test accuracy on OtherData: kNN ") and ", classifier" not in out
     assert (
         "its own classifier is left out: it tells a, b, c, ... (4 classes) apart, these data have a, b, x, ..."
         in out

@@ -26,7 +26,7 @@ from cl_core.training.parsing import Parser
 from cl_core.training.run import RunFolder
 from cl_core.training.settings import Monitoring, TrainerOptions, brief, changes, data_settings
 
-_NOT_KEPT = ("config", "resume", "run_dir", "debug", "print_config")
+_NOT_KEPT = ("config", "resume", "run_dir", "debug", "import", "print_config")
 
 
 def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
@@ -44,7 +44,7 @@ def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
     }
     try:
         command = verbs[verb] if verb in verbs else _load(elsewhere[verb])
-        command(domain, list(args))
+        command(domain, _without_imports(args))
     except SystemExit as stop:  # --help and --print_config
         return int(stop.code or 0)
     except KeyboardInterrupt as interrupt:
@@ -199,7 +199,8 @@ def _judge(domain: Domain, args: list[str], split: Split) -> None:
     if strange:
         found = {name: value for name, value in found.items() if name not in CLASSIFIER}
     shown = (f"{title} {100 * found[key]:.2f}%" for key, title in SHOWN.items() if key in found)
-    print(f"{split} accuracy: {', '.join(shown)}")
+    on = f" on {type(data).__name__}" if trained.other.startswith("data.") else ""
+    print(f"{split} accuracy{on}: {', '.join(shown)}")
     if strange:
         print(f"  its own classifier is left out: {strange}")
     for share in settings.few_labels:
@@ -338,6 +339,30 @@ def _without_option(args: list[str], option: str) -> tuple[str | None, list[str]
         else:
             rest.append(arg)
     return value, rest
+
+
+def _without_imports(args: Sequence[str]) -> list[str]:
+    """Import what ``--import`` names; the other arguments.
+
+    Reading what somebody sent imports nothing: this says whose classes it may name.
+    """
+    rest: list[str] = []
+    names: list[str] = []
+    for place, arg in enumerate(args):
+        if arg.startswith("--import="):
+            names.append(arg.partition("=")[2])
+        elif place > 0 and args[place - 1] == "--import":
+            names.append(arg)
+        elif arg != "--import":
+            rest.append(arg)
+    if names.count("") or (args and args[-1] == "--import"):
+        raise ValueError("--import must name a module, such as my_package.nets.")
+    for name in names:
+        try:
+            import_module(name)
+        except Exception as error:  # a module of somebody's may raise anything
+            raise ImportError(f"--import {name} failed: {type(error).__name__}: {sentence(error)}") from error
+    return rest
 
 
 def _load(target: str | None) -> Any:
