@@ -19,12 +19,20 @@ from cl_vision.exporting import export_encoder
 from cl_vision.methods import SimCLR
 from cl_vision.projectors import MLPProjector
 
-QUICK = (
-    "--config dcl/digits --data.image_size=8 --trainer.max_epochs=1 --trainer.limit_train_batches=2 "
-    "--trainer.progress_bar=false "
-    "--trainer.accelerator=cpu --evaluation.baselines=false --evaluation.neighbours=[1] "
-    "--evaluation.regularizations=[0.01] --monitor.knn_every_epochs=null"
-).split()
+QUICK = [
+    *(
+        "--config=dcl/digits",
+        "--data.image_size=8",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=2",
+    ),
+    *("--trainer.progress_bar=false", "--trainer.accelerator=cpu", "--evaluation.baselines=false"),
+    *(
+        "--evaluation.neighbours=[1]",
+        "--evaluation.regularizations=[0.01]",
+        "--monitor.knn_every_epochs=null",
+    ),
+]
 SOURCE = """
 from torch import nn
 

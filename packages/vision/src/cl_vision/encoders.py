@@ -263,7 +263,7 @@ class ModuleEncoder(Encoder):
         arguments: always None, as they are written down with the module.
 
     Raises:
-        ValueError: in one sentence, for arguments that the class does not take, or if the module does not give features.
+        ValueError: in one sentence, for arguments that the class does not take, or a module that gives no features.
     """
 
     def __init__(
@@ -323,11 +323,11 @@ class ModuleEncoder(Encoder):
 
     def _check(self, features: Any, rows: int, dim: int | None) -> None:
         """Refuse anything but floating-point rows, one an image."""
-        if isinstance(features, Tensor) and features.is_floating_point() and features.ndim == 2:
-            if features.shape[0] == rows and dim in (None, features.shape[1]):
-                return
         found = type(features).__name__
         if isinstance(features, Tensor):
+            numbers = features.is_floating_point() and features.ndim == 2
+            if numbers and features.shape[0] == rows and dim in (None, features.shape[1]):
+                return
             found = f"{features.dtype} of shape {tuple(features.shape)}"
         raise ValueError(
             f"{type(self.module).__name__} must return floating-point features of shape ({rows}, {dim or 'dim'}) for "

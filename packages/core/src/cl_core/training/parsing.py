@@ -187,9 +187,10 @@ class Parser:
             expected = found["type"].replace("<class '", "").replace("'>", "").replace("typing.", "")
             return f"{_option(message[: found.start()])} must be of type {expected}, got {found['value']!r}."
         if found := re.search(r"'([^']+)':\s+((?:No module named|module '|cannot import name).*)", message):
+            where, reason = _option(message[: found.start()]), found[2].strip()
             return (
-                f"{_option(message[: found.start()])} names {found[1]!r}, which cannot be imported ({found[2].strip()}): "
-                "a package of your own must be installed, or lie on PYTHONPATH."
+                f"{where} names {found[1]!r}, which cannot be imported ({reason}): a package of your own must be "
+                "installed, or lie on PYTHONPATH."
             )
         if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", message):
             return f"{_option(message[: found.start()])} must be a {found[2]}, which {found[1]} is not."
