@@ -159,6 +159,29 @@ class CentresTheBatch(Good):
         return embeddings - embeddings.mean(0)
 
 
+class Classifies(Good):
+    def __init__(self, encoder: Encoder, loss: TwoViewLoss, momentum: float = 0.9) -> None:
+        super().__init__(encoder, loss, momentum)
+        self.head = nn.Linear(4, 3)
+
+    def loss(self, batch):
+        losses = super().loss(batch)
+        return losses | {"loss": losses["loss"] + self.classify(batch["view1"]).square().mean()}
+
+    def classify(self, inputs):
+        return self.head(self.encoder(inputs))
+
+
+class ClassifiesAsNoise(Classifies):
+    def classify(self, inputs):
+        return super().classify(inputs) + torch.rand(3)
+
+
+class ClassifiesFlat(Classifies):
+    def classify(self, inputs):
+        return super().classify(inputs).flatten()
+
+
 class ForgetsItsTeacher(Good):
     after_step = Method.after_step
 
@@ -392,6 +415,17 @@ class ChangesAnArgument(Good):
         return self.factor * self.encoder(inputs)
 
 
+class ChangesItsClassifier(Classifies):
+    """Exported under a value that it does not classify with."""
+
+    def __init__(self, encoder: Encoder, loss: TwoViewLoss, scale: float = 1.0) -> None:
+        super().__init__(encoder, loss)
+        self.scale, self.factor = scale + 1.0, scale + 1.0
+
+    def classify(self, inputs):
+        return self.factor * super().classify(inputs)
+
+
 BAD = {
     StoresUnderAnotherName: "constructor_stores_its_arguments",
     TakesAnything: "constructor_stores_its_arguments",
@@ -413,6 +447,8 @@ BAD = {
     EmbedsTheBatch: "embeds_without_a_trace",
     EmbedsFlat: "embeds_without_a_trace",
     RemembersWhatItEmbedded: "embeds_without_a_trace",
+    ClassifiesAsNoise: "classifies_without_a_trace",
+    ClassifiesFlat: "classifies_without_a_trace",
     CentresTheBatch: "embeds_each_row_alone",
     ForgetsAParameter: "parameter_groups_hold_every_parameter_once",
     RepeatsAParameter: "parameter_groups_hold_every_parameter_once",
@@ -433,6 +469,7 @@ BAD = {
     SharesItsCopies: "copies_and_shows_itself",
     Nameless: "copies_and_shows_itself",
     ChangesAnArgument: "exports_and_loads",
+    ChangesItsClassifier: "exports_and_loads",
 }
 
 
@@ -468,7 +505,9 @@ def test_a_bad_method_fails(kind, name):
         checks_of(kind)[name]()
 
 
-@pytest.mark.parametrize("kind", [EmbedsInDouble, FollowsASchedule, TeachesEachEpoch, KeepsAQueue])
+@pytest.mark.parametrize(
+    "kind", [Classifies, EmbedsInDouble, FollowsASchedule, TeachesEachEpoch, KeepsAQueue]
+)
 def test_an_unusual_method_passes(kind):
     check_method(factory(kind), batches(), inputs=batches()[0]["view1"])
 

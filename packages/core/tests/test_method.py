@@ -49,7 +49,7 @@ def test_what_a_module_names_does_not_decay():
     assert len(decayed["params"]) == 3
 
 
-@pytest.mark.parametrize("name", ["loss", "embed", "update"])
+@pytest.mark.parametrize("name", ["loss", "embed", "classify", "update"])
 def test_what_a_method_must_define_says_so(name):
     arguments = {"update": (None, {}, None)}.get(name, (None,))
     with pytest.raises(NotImplementedError, match="Method "):

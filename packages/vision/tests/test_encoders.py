@@ -64,19 +64,27 @@ def test_resnet_depths(depth, dim):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_cifar_stem_keeps_the_resolution(channels):
     seen = {}
-    for stem in ("cifar", "imagenet"):
+    for stem in ("cifar", "stl", "imagenet"):
         encoder = ResNet(18, stem=stem, in_channels=channels)
         encoder.network.layer1.register_forward_pre_hook(
             lambda _, inputs, stem=stem: seen.update({stem: inputs[0]})
         )
         encoder(torch.randn(2, channels, 32, 32))
+    assert seen["stl"].shape[2:] == (16, 16)
     assert seen["cifar"].shape[2:] == (32, 32)
     assert seen["imagenet"].shape[2:] == (8, 8)
 
 
-def test_resnet_trains_every_parameter():
+@pytest.mark.parametrize("stem", ["cifar", "stl"])
+def test_resnet_trains_every_parameter(stem):
     torch.manual_seed(0)
-    assert gradient_reaches_every_parameter(ResNet(18), torch.randn(2, 3, 16, 16))
+    assert gradient_reaches_every_parameter(ResNet(18, stem=stem), torch.randn(2, 3, 16, 16))
+
+
+def test_the_stl_stem_is_a_small_convolution_and_a_pooling():
+    network = ResNet(18, stem="stl", in_channels=1).network
+    assert network.conv1.weight.shape == (64, 1, 3, 3)
+    assert (network.conv1.stride, network.maxpool.stride) == ((1, 1), 2)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,7 @@ def test_an_export_fetches_no_pretrained_weights(monkeypatch, tmp_path):
         (lambda: TorchvisionEncoder("squeezenet1_1"), "does not end in one linear layer"),
         (lambda: TorchvisionEncoder("googlenet"), "auxiliary classifiers"),
         (lambda: ResNet(19), "depth must be one of 18, 34, 50, got 19"),
-        (lambda: ResNet(18, stem="small"), "stem must be one of 'cifar', 'imagenet', got 'small'"),
+        (lambda: ResNet(18, stem="small"), "stem must be one of 'cifar', 'stl', 'imagenet', got 'small'"),
         (lambda: SmallConvNet(0), "width must be an integer >= 1, got 0"),
         (lambda: SmallConvNet(8, norm="none"), "norm must be one of 'batch', 'group'"),
         (lambda: SmallConvNet(8)(torch.randn(2, 1, 8, 8)), r"images must have shape \(N, 3, H, W\)"),

@@ -170,7 +170,7 @@ def test_bad_input_gets_one_sentence(tmp_path, blobs):
 def test_comparison(tmp_path, monkeypatch):
     accuracies = {
         "loss A": {"kNN": ([0.5, 0.6], (0.3, 0.8)), "linear probe": ([0.7, 0.7], None)},
-        "loss $B$": {"kNN": ([0.4], None), "linear probe": ([0.5], None)},
+        "loss $B$": {"kNN": ([0.4], None), "linear probe": ([0.5], None), "classifier": ([0.6], None)},
     }
     alone = opened(figures.plot_comparison(tmp_path / "alone.png", accuracies=accuracies))
     curves = {"loss A": [([1, 2], [0.2, 0.5])], "loss $B$": [([], [])]}

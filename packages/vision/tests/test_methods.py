@@ -35,6 +35,7 @@ from cl_vision.methods import (
     BYOL,
     NNCLR,
     BarlowTwins,
+    Classifier,
     DeepClusterV2,
     Hydra,
     MoCo,
@@ -114,6 +115,10 @@ def supcon():
     return SupCon(SmallConvNet(4, in_channels=1), SupConLoss(0.2), heads()[0])
 
 
+def classifier():
+    return Classifier(SmallConvNet(4, in_channels=1), 3)
+
+
 def gate():
     return PairGate(3, 16, embedding_dim=8, hidden_dim=8)
 
@@ -133,6 +138,7 @@ def hydra():
 TINY = {
     "BYOL": (byol, 2.834877),
     "BarlowTwins": (barlow_twins, 0.2800587),
+    "Classifier": (classifier, 0.858655),
     "DeepClusterV2": (deepcluster_v2, 1.558157),
     "Hydra": (hydra, 2.146921),
     "MoCo": (moco, 2.276033),
@@ -238,7 +244,7 @@ def test_scores_are_recorded_in_every_host_that_compares_pairs(name, tmp_path):
     factory, calls = TINY[name][0], []
     criterion = factory().criterion
     monitor = ScoreMonitor(tmp_path, rows=None)
-    if name in ("DeepClusterV2", "Hydra", "SimLAP", "SupCon", "SwAV"):
+    if name in ("Classifier", "DeepClusterV2", "Hydra", "SimLAP", "SupCon", "SwAV"):
         with pytest.raises(ValueError, match=rf"compares views.* got {type(criterion).__name__} in {name}\."):
             under_lightning(factory, monitor)
         return

@@ -55,6 +55,14 @@ class Method(nn.Module):
         """What a downstream user wants: one row an input, shape (N, D), whatever other inputs are there."""
         raise NotImplementedError(f"{type(self).__name__} must define embed(inputs).")
 
+    def classify(self, inputs: Any) -> Tensor:
+        """Define it where the method has a classifier of its own: a score for every class, shape (N, C).
+
+        Column c speaks for label c and the largest score of a row is its answer, whatever other inputs are there. An
+        evaluation then also gives the share of right answers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no classifier of its own.")
+
     def prepare(self, batches: Iterable[Any]) -> None:
         """Hook: once before a training that begins, not before one that goes on, with the batches of an epoch.
 

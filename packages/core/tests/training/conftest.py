@@ -88,6 +88,21 @@ class TakingTurns(TwoOptimisers):
         return losses
 
 
+class TinyClassifier(TinyMethod):
+    """It also tells the classes apart, as well as it can without their labels."""
+
+    def __init__(self, encoder: TinyEncoder, loss: TwoViewLoss, classes: int = CLASSES) -> None:
+        super().__init__(encoder, loss)
+        self.classes = classes
+        self.head = nn.Linear(5, classes)
+
+    def loss(self, batch):
+        return {"loss": super().loss(batch)["loss"] + self.classify(batch[0]).square().mean()}
+
+    def classify(self, inputs):
+        return self.head(self.encoder(inputs))
+
+
 class TinyViews(Dataset):
     """Noisy views, a function of (seed, epoch, index)."""
 
@@ -134,11 +149,22 @@ class TinyData(Data):
         return ["a", "b", "c", "d"]
 
 
+class OtherData(TinyData):
+    """The same points, of which two clusters go by other names."""
+
+    @property
+    def class_names(self):
+        return ["a", "b", "x", "y"]
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The tiny classes, findable as a module; the working directory is a fresh one."""
     module = types.ModuleType("tiny")
-    for thing in (TinyEncoder, TinyLoss, TinyMethod, TwoOptimisers, TakingTurns, TinyViews, TinyData):
+    for thing in (
+        *(TinyEncoder, TinyLoss, TinyMethod, TwoOptimisers, TakingTurns, TinyClassifier),
+        *(TinyViews, TinyData, OtherData),
+    ):
         monkeypatch.setattr(thing, "__module__", "tiny")
         setattr(module, thing.__name__, thing)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import zipfile
@@ -8,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from cl_core.method import Method
 from cl_core.training import artifacts
 from cl_core.training.checkpoints import VERSION, AtomicCheckpointIO, read_checkpoint
 from cl_core.training.files import write_atomically
@@ -156,8 +159,60 @@ def test_initialise_takes_what_fits_and_names_the_rest(tiny):
     weights["encoder.layers.3.weight"] = torch.zeros(2, 2)
     assert artifacts.initialise(target, weights, source="x") == ["encoder.layers.3.weight"]
     assert torch.equal(target.encoder.layers[0].weight, source.encoder.layers[0].weight)
-    with pytest.raises(ValueError, match="no weight of x fits TinyMethod by name and shape"):
-        artifacts.initialise(target, {"other": torch.zeros(1)}, source="x")
+    alone = {name: value for name, value in weights.items() if value.ndim == 1}
+    for nothing in ({"other": torch.zeros(1)}, {"other": torch.zeros(1), "head.bias": torch.zeros(4)}):
+        with pytest.raises(ValueError, match="no weight of x fits TinyMethod by name and shape"):
+            artifacts.initialise(target, nothing, source="x")
+    with pytest.raises(
+        ValueError,
+        match=r"of x does not fit that of TinyMethod: encoder.layers.0.weight does not exist there",
+    ):
+        artifacts.initialise(target, alone, source="x")
+
+
+def test_an_encoder_that_does_not_fit_is_refused_though_biases_and_heads_do(tiny):
+    source, target = (tiny.TinyClassifier(tiny.TinyEncoder(width), tiny.TinyLoss()) for width in (4, 8))
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    said = (
+        r"the encoder of x does not fit that of TinyClassifier: encoder.layers.0.weight has shape \(4, 6\) there "
+        r"and has shape \(8, 6\) here."
+    )
+    with pytest.raises(ValueError, match=said):
+        artifacts.initialise(target, source.state_dict(), source="x")
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    headless = {name: value for name, value in source.state_dict().items() if name.startswith("head.")}
+    assert (
+        len(artifacts.initialise(target, headless, source="x")) == 4
+    )  # no encoder there: the head is what is wanted
+
+
+class Anybodys(nn.Module):
+    """Of somebody who stores no argument as it came."""
+
+    def __init__(self, size, inner: nn.Module | None = None):
+        super().__init__()
+        self.size = nn.Linear(6, size)
+        self.inner = inner
+
+
+class Holds(Method):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+
+def test_any_module_comes_back_by_what_it_was_built_with(tmp_path):
+    inner = Anybodys(2)
+    method = Holds(Anybodys(3, inner))
+    with pytest.raises(
+        TypeError, match=r"Anybodys does not store its argument 'size' .*: pass model.arguments"
+    ):
+        artifacts.export_method(method, tmp_path)
+    artifacts.note_arguments(method.module, {"size": 3, "inner": inner})
+    artifacts.note_arguments(inner, {"size": 2})
+    for number in range(2):  # what was read can be written again, and so can a copy
+        method = copy.deepcopy(artifacts.load_export(artifacts.export_method(method, tmp_path / str(number))))
+    assert (method.module.size.out_features, method.module.inner.size.out_features) == (3, 2)
 
 
 @pytest.fixture

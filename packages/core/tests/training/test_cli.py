@@ -391,12 +391,80 @@ def test_what_is_no_trained_method(command, tiny, monkeypatch, arguments, said):
 
 def test_init_from_says_what_kept_its_initial_values(command, caplog):
     command("fit", "--config", "tiny/quick", "--run_dir", "first")
-    command("fit", "--config", "tiny/quick", "--init_from", "first", "--model.encoder.width", 4)
+    command("fit", "--config", "tiny/quick", "--init_from", "first", "--model", "TinyClassifier")
     (said,) = caplog.messages
-    assert (
-        said
-        == "3 of 4 weights were not in first and keep their initial values, encoder.layers.0.weight first."
+    assert said == "2 of 6 weights were not in first and keep their initial values: head.weight, head.bias."
+    status, _, err = command(
+        "fit", "--config", "tiny/quick", "--init_from", "first", "--model.encoder.width", 4
     )
+    assert (status, err.count("\n")) == (2, 1)
+    assert (
+        "the encoder of first does not fit that of TinyMethod: encoder.layers.0.weight has shape (8, 6)"
+        in err
+    )
+    assert not Path("runs/tiny-quick-002").exists()
+
+
+def test_a_classifier_of_the_methods_own_is_judged(command, tiny):
+    status, out, _ = command("fit", "--config", "tiny/quick", "--model", "TinyClassifier", "--run_dir", "own")
+    assert status == 0
+    metrics = json.loads(Path("own/metrics.json").read_text())
+    head, trained, untrained, raw = out.splitlines()[:4]
+    assert head.split() == ["test", "accuracy", "kNN", "linear", "probe", "classifier"]
+    assert trained.endswith(f"{100 * metrics['trained']['classifier']:.2f}%")
+    assert untrained.endswith(f"{100 * metrics['untrained']['classifier']:.2f}%")
+    assert raw.split()[-1] == "none"
+    assert len({len(line) for line in (head, trained, untrained, raw)}) == 1
+    assert metrics["class_names"] == ["a", "b", "c", "d"]
+
+    method, right = load_export("own/export"), {}
+    for split in ("validation", "test"):
+        inputs, labels = tiny.TinyData().points(split)
+        right[split] = (method.classify(inputs).argmax(1) == labels).float().mean()
+    assert metrics["trained"]["classifier"] == pytest.approx(float(right["test"]))
+    assert metrics["trained"]["classifier_validation"] == pytest.approx(float(right["validation"]))
+
+    status, out, _ = command("test", "--ckpt", "own")
+    assert out.splitlines()[0].endswith(f", classifier {100 * right['test']:.2f}%")
+    status, out, _ = command("validate", "--ckpt", "own")
+    assert out.splitlines()[0].endswith(f", classifier {100 * right['validation']:.2f}%")
+    written = json.loads(Path("own/metrics.json").read_text())
+    assert (written["test"], written["validate"]["classifier"]) == (
+        metrics["trained"],
+        metrics["trained"]["classifier_validation"],
+    )
+
+
+def test_a_classifier_of_other_classes_is_left_out(command):
+    command("fit", "--config", "tiny/quick", "--model", "TinyClassifier", "--run_dir", "own")
+    before = Path("own/metrics.json").read_text()
+
+    status, out, err = command("test", "--ckpt", "own", "--data", "OtherData")
+    assert (status, err) == (0, "")
+    assert out.startswith("test accuracy on OtherData: kNN ") and ", classifier" not in out
+    assert (
+        "its own classifier is left out: it tells a, b, c, ... (4 classes) apart, these data have a, b, x, ..."
+        in out
+    )
+    assert Path("own/metrics.json").read_text() == before
+
+
+def test_reproduce_and_compare_show_the_classifier_where_there_is_one(command):
+    grid = GRID.replace("seeds: [0, 1]", "seeds: [0]\nmetrics: [classifier, knn]")
+    Path("grid.yaml").write_text(grid.replace("{model.encoder.width: 4}", "{model: TinyClassifier}"))
+    status, out, err = command("reproduce", "grid.yaml", "--output", "out")
+    assert (status, err) == (0, "")
+    own = json.loads(Path("out/b-narrow-seed0/metrics.json").read_text())["trained"]
+    assert "| A | wide | 1 | none | none | none | none |" in out
+    assert f"| B | narrow | 1 | {100 * own['classifier']:.1f} |" in out
+    status, out, err = command("compare", "out")
+    assert (status, err) == (0, "")
+    assert "| linear probe | against the first | classifier | against the first |" in out
+    rows = [line for line in out.splitlines() if line.startswith("| model Tiny")]
+    assert rows[0].endswith("| none |  |")
+    assert rows[1].endswith(f"| {100 * own['classifier']:.1f} |  |")
+    written = json.loads(Path("comparison/comparison.json").read_text())
+    assert ["classifier" in row["accuracies"] for row in written] == [False, True]
 
 
 def test_a_distribution_with_a_domain_of_its_own_lends_its_losses(command, install):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -130,7 +131,9 @@ class ResNet(Encoder):
     Args:
         depth: 18, 34 or 50; ``dim`` is 512, 512 or 2048.
         stem: ``"cifar"`` for small images (3x3 convolution of stride 1, no max-pooling), ``"imagenet"`` for
-            the original one (7x7 of stride 2 and max-pooling).
+            the original one (7x7 of stride 2 and max-pooling), ``"stl"`` for 64 to 96 pixels between the two (3x3
+            convolution of stride 1 and max-pooling), as STL-10 and Tiny ImageNet are often trained on. Of 96 pixels the
+            first stage sees 96, 24 or 48; which of them a paper on STL-10 used has to be looked up there.
         in_channels: channels of the images.
         norm: ``"batch"`` or ``"group"``.
 
@@ -142,21 +145,22 @@ class ResNet(Encoder):
     def __init__(
         self,
         depth: Literal[18, 34, 50] = 18,
-        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem: Literal["cifar", "stl", "imagenet"] = "cifar",
         in_channels: int = 3,
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
         _checks.choice("depth", depth, (18, 34, 50))
-        _checks.choice("stem", stem, ("cifar", "imagenet"))
+        _checks.choice("stem", stem, ("cifar", "stl", "imagenet"))
         _positive_integer("in_channels", in_channels)
         self.depth, self.stem, self.in_channels, self.norm = depth, stem, in_channels, norm
         block = resnet.Bottleneck if depth == 50 else resnet.BasicBlock
         stages = [2, 2, 2, 2] if depth == 18 else [3, 4, 6, 3]
         network = resnet.ResNet(block, stages, norm_layer=_norm_layer(norm))
         if stem == "cifar":
-            network.conv1 = _first_convolution(in_channels, kernel=3, stride=1)
             network.maxpool = nn.Identity()
+        if stem != "imagenet":
+            network.conv1 = _first_convolution(in_channels, kernel=3, stride=1)
         elif in_channels != 3:
             network.conv1 = _first_convolution(in_channels, kernel=7, stride=2)
         self.dim = network.fc.in_features
@@ -239,15 +243,107 @@ class TorchvisionEncoder(Encoder):
         return True
 
 
+class ModuleEncoder(Encoder):
+    """A network of one's own: any module that maps images (N, C, H, W) to features (N, dim).
+
+        cl-vision fit --config dcl/digits --model.encoder ModuleEncoder --model.encoder.module my_package.nets.MyNet
+
+    An export holds the name of its class, the arguments that it was built with and its weights, but no code. It is read
+    where that class is imported already: ``import my_package.nets``, or ``--import my_package.nets`` for the command.
+
+    Args:
+        module: the network; on the command line its class by import path, and the arguments of that.
+        dim: number of features; None looks at what two black images give.
+        in_channels: channels of the images.
+        image_size: height and width of these two images, which are all that it is for.
+        arguments: what ``module`` was built with, by name, for an export. None where the module stores each argument as
+            an attribute of that name, and for the command, which knows them.
+
+    Attributes:
+        arguments: always None, as they are written down with the module.
+
+    Raises:
+        ValueError: in one sentence, for arguments that the class does not take, or a module that gives no features.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dim: int | None = None,
+        in_channels: int = 3,
+        image_size: int = 32,
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
+        from cl_core.training.artifacts import note_arguments
+
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
+        for name, value in (("dim", dim), ("in_channels", in_channels), ("image_size", image_size)):
+            if value is not None or name != "dim":
+                _checks.count(name, value)  # type: ignore[arg-type]
+        if arguments is not None:
+            try:
+                inspect.signature(type(module)).bind(**arguments)
+            except TypeError as error:
+                raise ValueError(f"arguments must be those of {type(module).__name__}: {error}.") from None
+            note_arguments(module, arguments)
+        self.module, self.in_channels, self.image_size, self.arguments = module, in_channels, image_size, None
+        self.dim = self._found_dim() if dim is None else dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images (N, in_channels, H, W), shape (N, dim)."""
+        _check_images(images, channels=self.in_channels)
+        features = self.module(images)
+        self._check(features, images.shape[0], self.dim)
+        return features  # type: ignore[no-any-return]
+
+    def _found_dim(self) -> int:
+        """Columns of the features of two black images; modes and statistics stay as they are."""
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
+        images = torch.zeros(
+            2, self.in_channels, self.image_size, self.image_size, device=like.device, dtype=like.dtype
+        )
+        modes = {part: part.training for part in self.module.modules()}
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                features = self.module(images)
+        except Exception as error:  # whatever a network says of images that it is not for
+            raise ValueError(
+                f"{type(self.module).__name__} takes no images of shape {tuple(images.shape)} "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): pass "
+                "--model.encoder.in_channels and --model.encoder.image_size, or --model.encoder.dim."
+            ) from error
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+        self._check(features, 2, None)
+        return int(features.shape[1])
+
+    def _check(self, features: Any, rows: int, dim: int | None) -> None:
+        """Refuse anything but floating-point rows, one an image."""
+        found = type(features).__name__
+        if isinstance(features, Tensor):
+            numbers = features.is_floating_point() and features.ndim == 2
+            if numbers and features.shape[0] == rows and dim in (None, features.shape[1]):
+                return
+            found = f"{features.dtype} of shape {tuple(features.shape)}"
+        raise ValueError(
+            f"{type(self.module).__name__} must return floating-point features of shape ({rows}, {dim or 'dim'}) for "
+            f"{rows} images, got {found}."
+        )
+
+
 def create_encoder(
     name: str | None = None, *, pretrained_path: str | Path | None = None, **options: Any
 ) -> Encoder:
     """An encoder by name, with the weights of a run or an export if one is named.
 
     Args:
-        name: a class of this module (``"SmallConvNet"``), ``"resnet18"``, ``"resnet34"`` or ``"resnet50"`` for
-            :class:`ResNet`, or any torchvision classifier that :class:`TorchvisionEncoder` takes, such as
-            ``"convnext_tiny"``. None for the encoder of ``pretrained_path``.
+        name: a class of this module (``"SmallConvNet"``, or ``"ModuleEncoder"`` around a ``module``), ``"resnet18"``,
+            ``"resnet34"`` or ``"resnet50"`` for :class:`ResNet`, or any torchvision classifier that
+            :class:`TorchvisionEncoder` takes, such as ``"convnext_tiny"``. None for the encoder of ``pretrained_path``.
         pretrained_path: run folder or export whose method has such an encoder; its weights are copied.
         options: of the class.
 
@@ -278,7 +374,7 @@ def create_encoder(
 
 
 def _named(name: str, options: dict[str, Any]) -> Encoder:
-    own = {kind.__name__: kind for kind in (ResNet, SmallAlexNet, SmallConvNet)}
+    own = {kind.__name__: kind for kind in (ModuleEncoder, ResNet, SmallAlexNet, SmallConvNet)}
     depths: dict[str, Literal[18, 34, 50]] = {"resnet18": 18, "resnet34": 34, "resnet50": 50}
     if name in own:
         return own[name](**options)

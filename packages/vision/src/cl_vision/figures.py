@@ -263,7 +263,8 @@ def plot_comparison(
 
     Args:
         path: PNG to write.
-        accuracies: setting to metric to (one value a seed, interval of their mean or None), in [0, 1].
+        accuracies: setting to metric to (one value a seed, interval of their mean or None), in [0, 1]; a setting may
+            lack a metric.
         curves: setting to the (steps, accuracies) of each seed, in [0, 1].
         title: of the picture.
         step_name: what is counted along the horizontal axis of the curves.
@@ -277,9 +278,11 @@ def plot_comparison(
     panels = 2 if any(drawn.values()) else 1
     figure = _figure(width=5.6 * panels, height=1.6 + 0.75 * max(3, len(accuracies)))
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    metrics = list(next(iter(accuracies.values())))
+    metrics = list(dict.fromkeys(metric for of_metric in accuracies.values() for metric in of_metric))
     for row, of_metric in enumerate(accuracies.values()):
         for place, metric in enumerate(metrics):
+            if metric not in of_metric:
+                continue
             values, bounds = of_metric[metric]
             at = row + 0.3 * (place - (len(metrics) - 1) / 2)
             colour, marker = COLOURS[row % len(COLOURS)], _MARKERS[place % len(_MARKERS)]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jsonargparse import ArgumentParser
 
-from cl_core.training.comparing import METRICS, labels_of, runs_in
+from cl_core.training.comparing import labels_of, runs_in
+from cl_core.training.evaluating import SHOWN
 from cl_core.training.files import make_folder, sentence, write_atomically
 from cl_core.training.run import RunFolder
 from cl_core.training.scoring import read_scores
@@ -95,7 +96,7 @@ def recorded_runs(runs: Sequence[RunFolder]) -> list[RecordedRun]:
         if not len(scores["block_end"]):
             raise ValueError(f"{run.scores} holds no histogram yet.")
         trained = run.read_metrics().get("trained") if run.finished else None
-        accuracies = {name: trained[name] for name in METRICS if name in trained} if trained else {}
+        accuracies = {name: trained[name] for name in SHOWN if name in trained} if trained else {}
         found.append(RecordedRun(label, run, scores, accuracies))
     return found
 
@@ -142,7 +143,7 @@ def draw_scores(recorded: Sequence[RecordedRun], folder: str | Path, *, by: str 
                 folder / "curves.png",
                 {each.label: each.curves for each in recorded},
                 accuracies={each.label: each.accuracies.get("knn") for each in recorded},
-                accuracy_name=f"test accuracy, {METRICS['knn']}",
+                accuracy_name=f"test accuracy, {SHOWN['knn']}",
                 title=title,
             )
         ),
@@ -169,10 +170,11 @@ def _page(title: str, recorded: Sequence[RecordedRun], pictures: Mapping[str, Pa
         recorded: the rows of the table.
         pictures: caption to PNG.
     """
-    head = ["run", "folder", "steps", *METRICS.values(), *STATISTICS.values()]
+    metrics = {key: name for key, name in SHOWN.items() if any(key in each.accuracies for each in recorded)}
+    head = ["run", "folder", "steps", *metrics.values(), *STATISTICS.values()]
     lines = [_row(head, "th")]
     for each in recorded:
-        accuracies = [each.accuracies.get(metric) for metric in METRICS]
+        accuracies = [each.accuracies.get(metric) for metric in metrics]
         steps, curves = each.curves
         ending = [score_figures.smoothed(curves[name])[-1] for name in STATISTICS]
         cells = [each.label, str(each.run.path), f"{len(steps):,}"]

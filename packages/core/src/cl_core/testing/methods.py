@@ -145,6 +145,12 @@ def _embedding(method: Method, inputs: Any) -> Tensor:
         return method.embed(inputs)
 
 
+def _scores(method: Method, inputs: Any) -> Tensor:
+    method.eval()
+    with torch.no_grad():
+        return method.classify(inputs)
+
+
 def _state(method: Method) -> dict[str, Any]:
     return copy.deepcopy(method.state_dict())
 
@@ -247,6 +253,25 @@ def _embeds_without_a_trace(case: Case) -> None:
     assert_same(
         _loss(method, case.batches[0]), _loss(twin, case.batches[0]), "loss with and without embed before"
     )
+
+
+@_check
+def _classifies_without_a_trace(case: Case) -> None:
+    training = BareTraining(case)
+    training.run(2)
+    method = training.method.eval()
+    if type(method).classify is Method.classify:
+        return
+    state, random = _state(method), torch.get_rng_state()
+    scores = _scores(method, case.inputs)
+    assert isinstance(scores, Tensor), f"classify returns {type(scores).__name__}"
+    assert scores.ndim == 2, f"scores have shape {tuple(scores.shape)}, not (N, C)"
+    assert len(scores) == case.rows, f"scores for {len(scores)} of {case.rows} inputs"
+    assert scores.is_floating_point(), f"scores are {scores.dtype}"
+    assert scores.isfinite().all(), "scores are not finite"
+    assert torch.equal(torch.get_rng_state(), random), "classify draws random numbers in evaluation mode"
+    assert_same(_scores(method, case.inputs), scores, "scores of the same inputs")
+    assert_same(_state(method), state, "state before and after classify in evaluation mode")
 
 
 @_check
@@ -412,3 +437,6 @@ def _exports_and_loads(case: Case) -> None:
     assert type(loaded) is type(training.method), f"the export loads as {made}, not as {expected}"
     one, other = _embedding(training.method, case.inputs), _embedding(loaded, case.inputs)
     assert_same(other, one, "embeddings of the export")
+    if type(loaded).classify is not Method.classify:
+        one, other = _scores(training.method, case.inputs), _scores(loaded, case.inputs)
+        assert_same(other, one, "scores of the export")

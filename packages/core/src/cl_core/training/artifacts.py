@@ -2,6 +2,9 @@
 
 The configuration names each class by its import path, but a name alone imports nothing: it must be registered
 by an installed distribution, or be a subclass, already imported, of what the constructor's annotation asks for.
+
+Every argument of a constructor is stored under its own name. Where the annotation asks for any ``nn.Module``, which may
+be of somebody who knows nothing of this, :func:`note_arguments` has written down what it was built with.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import hashlib
 import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,12 @@ FORMAT = "cl-export"
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _ALIASES = {"loss": "criterion"}
+_NOTED = "_built_with"
+_ENCODER = "encoder."  # what methods call the part that others take over
+
+
+class _UnknownClass(ValueError):
+    """What an export may not name."""
 
 
 def export_method(method: Method, folder: str | Path) -> Path:
@@ -112,7 +121,7 @@ def initialise(method: Method, weights: dict[str, Tensor], *, source: str | Path
         Names of the method's own weights that keep their initial values.
 
     Raises:
-        ValueError: if nothing fits.
+        ValueError: if nothing fits, or nothing of the encoder where both have one.
     """
     kept = fitting(method, weights, source=source)
     method.load_state_dict(kept, strict=False)
@@ -123,7 +132,18 @@ def fitting(method: Method, weights: dict[str, Tensor], *, source: str | Path) -
     """The weights that fit a method by name and shape; raises as :func:`initialise`."""
     own = method.state_dict()
     found = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    if not found:
+    wide = [
+        name for name, value in own.items() if value.ndim > 1
+    ]  # the rest, such as counters, fits by chance
+    encoder = [name for name in wide if name.startswith(_ENCODER)]
+    if encoder and not found.keys() & encoder and any(name.startswith(_ENCODER) for name in weights):
+        name = encoder[0]
+        theirs = f"has shape {tuple(weights[name].shape)}" if name in weights else "does not exist"
+        raise ValueError(
+            f"the encoder of {source} does not fit that of {type(method).__name__}: {name} {theirs} there and has "
+            f"shape {tuple(own[name].shape)} here."
+        )
+    if not found.keys() & (wide or own):
         raise ValueError(
             f"no weight of {source} fits {type(method).__name__} by name and shape: it has "
             f"{', '.join(list(weights)[:3])}, ..., the method has {', '.join(list(own)[:3])}, ..."
@@ -131,8 +151,19 @@ def fitting(method: Method, weights: dict[str, Tensor], *, source: str | Path) -
     return found
 
 
-def describe(value: Any, *, name: str = "model") -> Any:
-    """An object, or a constructor's argument, as plain values; see :func:`export_method`."""
+def note_arguments(built: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Write down on a module what it was built with, by name, in case it stands where any module may stand."""
+    vars(built)[_NOTED] = dict(arguments)
+
+
+def describe(value: Any, *, name: str = "model", anybodys: bool = False) -> Any:
+    """An object, or a constructor's argument, as plain values; see :func:`export_method`.
+
+    Args:
+        value: what to describe.
+        name: of it, for the message.
+        anybodys: it stands where any module may stand.
+    """
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.item()
     if isinstance(value, Path):
@@ -149,7 +180,7 @@ def describe(value: Any, *, name: str = "model") -> Any:
     if isinstance(
         type(value).__init__, types.FunctionType
     ):  # written in Python, so that its arguments have names
-        return {"class": _path_of(type(value)), "arguments": _arguments(value, name)}
+        return {"class": _path_of(type(value)), "arguments": _arguments(value, name, anybodys)}
     raise TypeError(f"{name} is a {type(value).__name__}, which an export cannot write down.")
 
 
@@ -178,7 +209,13 @@ def build(described: Any, expected: Any) -> Any:
         hints = _hints(known)
         arguments = described["arguments"]
         try:
-            return known(**{key: build(value, hints.get(key, Any)) for key, value in arguments.items()})
+            given = {key: build(value, hints.get(key, Any)) for key, value in arguments.items()}
+            built = known(**given)
+            if _is_anybodys(expected):
+                note_arguments(built, given)
+            return built
+        except _UnknownClass:  # says itself what is wrong
+            raise
         except Exception as error:  # whatever a constructor says of arguments that nobody checked
             raise ValueError(
                 f"{known.__name__} cannot be built from the export: {sentence(error).rstrip('.')}."
@@ -205,9 +242,15 @@ def base_classes(annotation: Any) -> list[type]:
     return [annotation] if isinstance(annotation, type) and annotation is not type(None) else []
 
 
-def _arguments(built: Any, name: str) -> dict[str, Any]:
+def _arguments(built: Any, name: str, anybodys: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     kind: type = type(built)
+    hints = _hints(kind)
+    if anybodys and _NOTED in vars(built):
+        return {
+            key: describe(value, name=f"{name}.{key}", anybodys=_is_anybodys(hints.get(key)))
+            for key, value in vars(built)[_NOTED].items()
+        }
     owner = next(base for base in kind.__mro__ if "__init__" in vars(base))
     if owner in (nn.Module, nn.Identity):  # they take anything and use nothing
         return arguments
@@ -219,19 +262,31 @@ def _arguments(built: Any, name: str) -> dict[str, Any]:
         attribute = parameter.name
         if not hasattr(built, attribute) or inspect.ismethod(getattr(built, attribute)):
             attribute = _ALIASES.get(attribute, attribute)
-        if not hasattr(built, attribute):
+        # A module of that name is most likely made of the argument, such as dropout.
+        made = anybodys and isinstance(getattr(built, attribute, None), nn.Module)
+        if made or not hasattr(built, attribute):
+            hint = f": pass {name.rpartition('.')[0]}.arguments" if anybodys else ""
             raise TypeError(
                 f"{name} cannot be exported: {kind.__name__} does not store its argument "
-                f"{parameter.name!r} under its own name."
+                f"{parameter.name!r} under its own name{hint}."
             )
-        arguments[parameter.name] = describe(getattr(built, attribute), name=f"{name}.{parameter.name}")
+        arguments[parameter.name] = describe(
+            getattr(built, attribute),
+            name=f"{name}.{parameter.name}",
+            anybodys=_is_anybodys(hints.get(parameter.name)),
+        )
     return arguments
+
+
+def _is_anybodys(annotation: Any) -> bool:
+    """Whether any module may stand there."""
+    return nn.Module in base_classes(annotation)
 
 
 def _known_class(path: Any, expected: Any) -> type:
     bases = base_classes(expected)
     if not isinstance(path, str) or not bases:
-        raise ValueError(f"the export names a class {path!r} where none is allowed.")
+        raise _UnknownClass(f"the export names a class {path!r} where none is allowed.")
     registered = (*plugins.available_methods(), *plugins.available_losses())
     for plugin in registered:
         if plugin.target.replace(":", ".") == path or path.endswith(f".{plugin.name}"):
@@ -241,9 +296,9 @@ def _known_class(path: Any, expected: Any) -> type:
             if _path_of(known) == path:
                 return known
     module, _, name = path.rpartition(".")
-    raise ValueError(
+    raise _UnknownClass(
         f"the export names {name} of {module}, which is not a registered or imported "
-        f"{' or '.join(base.__name__ for base in bases)}; import that module first if you trust it."
+        f"{' or '.join(base.__name__ for base in bases)}; import that module first (--import {module}) if you trust it."
     )
 
 
@@ -252,7 +307,10 @@ def _path_of(known: type) -> str:
 
 
 def _hints(known: type) -> dict[str, Any]:
-    return typing.get_type_hints(inspect.getattr_static(known, "__init__"))
+    try:
+        return typing.get_type_hints(inspect.getattr_static(known, "__init__"))
+    except (NameError, TypeError):  # names for a type checker alone, or a constructor that is no function
+        return {}
 
 
 def _wants_tuple(expected: Any) -> bool:

@@ -16,9 +16,9 @@ from cl_core.method import Method
 from cl_core.training import artifacts
 from cl_core.training.checkpoints import Checkpointing, Terminated
 from cl_core.training.cli import Domain
-from cl_core.training.data import SPLITS, Data
+from cl_core.training.data import SPLITS, Data, Split
 from cl_core.training.embedding import embed_to_file
-from cl_core.training.evaluating import Evaluation, accuracies, embed_split, few_name, has_labels
+from cl_core.training.evaluating import CLASSIFIER, SHOWN, Evaluation, evaluate, few_name, has_labels
 from cl_core.training.files import sentence
 from cl_core.training.fitting import FitResult, fit, weights_of
 from cl_core.training.optimization import Optimization
@@ -26,7 +26,7 @@ from cl_core.training.parsing import Parser
 from cl_core.training.run import RunFolder
 from cl_core.training.settings import Monitoring, TrainerOptions, brief, changes, data_settings
 
-_NOT_KEPT = ("config", "resume", "run_dir", "debug", "print_config")
+_NOT_KEPT = ("config", "resume", "run_dir", "debug", "import", "print_config")
 
 
 def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
@@ -44,7 +44,7 @@ def run(domain: Domain, verb: str, args: Sequence[str]) -> int:
     }
     try:
         command = verbs[verb] if verb in verbs else _load(elsewhere[verb])
-        command(domain, list(args))
+        command(domain, _without_imports(args))
     except SystemExit as stop:  # --help and --print_config
         return int(stop.code or 0)
     except KeyboardInterrupt as interrupt:
@@ -177,26 +177,32 @@ def table(domain: Domain, metrics: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return "no labelled rows in all of train, validation and test, so nothing to evaluate; embed writes embeddings."
-    lines = [f"{'test accuracy':<20}{'kNN':>8}{'linear probe':>15}"]
-    lines += [f"{name:<20}{100 * row['knn']:>7.2f}%{100 * row['linear']:>14.2f}%" for name, row in rows]
+    columns = {key: title for key, title in SHOWN.items() if any(key in row for _, row in rows)}
+    lines = [f"{'test accuracy':<20}" + "".join(f"{title:>{len(title) + 5}}" for title in columns.values())]
+    for name, row in rows:
+        cells = (f"{100 * row[key]:.2f}%" if key in row else "none" for key in columns)
+        line = "".join(
+            f"{cell:>{len(title) + 5}}" for cell, title in zip(cells, columns.values(), strict=True)
+        )
+        lines.append(f"{name:<20}{line}")
     return "\n".join([*lines, "(neighbours and penalty chosen on validation; one seed)"])
 
 
-def _judge(domain: Domain, args: list[str], split: str) -> None:
+def _judge(domain: Domain, args: list[str], split: Split) -> None:
     verb = "test" if split == "test" else "validate"
     trained = load_trained(domain, trained_parser(domain, verb), args)
     data, settings = trained.data, trained.evaluation
     if not has_labels(data):
         raise ValueError(f"{type(data).__name__} has no labelled rows in all splits, so nothing to {verb}.")
-    train, validation = (
-        embed_split(trained.method, data, name, device=_device(), batch_size=settings.batch_size)
-        for name in ("train", "validation")
-    )
-    judged = validation
-    if split == "test":
-        judged = embed_split(trained.method, data, "test", device=_device(), batch_size=settings.batch_size)
-    found = accuracies(train, validation, judged, settings)
-    print(f"{split} accuracy: kNN {100 * found['knn']:.2f}%, linear probe {100 * found['linear']:.2f}%")
+    found = evaluate(trained.method, data, settings, device=_device(), judged=split)
+    strange = _other_classes(trained) if CLASSIFIER[0] in found else ""
+    if strange:
+        found = {name: value for name, value in found.items() if name not in CLASSIFIER}
+    shown = (f"{title} {100 * found[key]:.2f}%" for key, title in SHOWN.items() if key in found)
+    on = f" on {type(data).__name__}" if trained.other.startswith("data.") else ""
+    print(f"{split} accuracy{on}: {', '.join(shown)}")
+    if strange:
+        print(f"  its own classifier is left out: {strange}")
     for share in settings.few_labels:
         print(f"  linear probe on {100 * share:g}% of the labels: {100 * found[few_name(share)]:.2f}%")
     if trained.run is None or trained.other:
@@ -204,6 +210,20 @@ def _judge(domain: Domain, args: list[str], split: str) -> None:
         return
     trained.run.write_metrics(**{verb: found})
     print(f"written: {trained.run.metrics}")
+
+
+def _other_classes(trained: Trained) -> str:
+    """Why the columns of a classifier's scores do not speak for the classes of these data; empty if nothing says so."""
+    known = trained.run.read_metrics().get("class_names") if trained.run is not None else None
+    names = trained.data.class_names
+    if known is None or names is None or known == (here := [str(name) for name in names]):
+        return ""
+    return f"it tells {_listed(known)} apart, these data have {_listed(here)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} classes)" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def trained_parser(domain: Domain, verb: str) -> Parser:
@@ -319,6 +339,30 @@ def _without_option(args: list[str], option: str) -> tuple[str | None, list[str]
         else:
             rest.append(arg)
     return value, rest
+
+
+def _without_imports(args: Sequence[str]) -> list[str]:
+    """Import what ``--import`` names; the other arguments.
+
+    Reading what somebody sent imports nothing: this says whose classes it may name.
+    """
+    rest: list[str] = []
+    names: list[str] = []
+    for place, arg in enumerate(args):
+        if arg.startswith("--import="):
+            names.append(arg.partition("=")[2])
+        elif place > 0 and args[place - 1] == "--import":
+            names.append(arg)
+        elif arg != "--import":
+            rest.append(arg)
+    if names.count("") or (args and args[-1] == "--import"):
+        raise ValueError("--import must name a module, such as my_package.nets.")
+    for name in names:
+        try:
+            import_module(name)
+        except Exception as error:  # a module of somebody's may raise anything
+            raise ImportError(f"--import {name} failed: {type(error).__name__}: {sentence(error)}") from error
+    return rest
 
 
 def _load(target: str | None) -> Any:

@@ -14,11 +14,11 @@ from jsonargparse import ArgumentParser
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from cl_core.training.cli import Domain
+from cl_core.training.evaluating import METRICS, SHOWN
 from cl_core.training.files import make_folder, sentence, to_json, write_atomically
 from cl_core.training.recording import MetricsTable
 from cl_core.training.run import RunFolder
 
-METRICS = {"knn": "kNN", "linear": "linear probe"}
 _LEVEL = 0.95
 _BESIDE = (  # what does not make a run another one
     "seed",
@@ -44,7 +44,7 @@ class Compared:
         label: in what the setting differs from the others.
         seeds: of the runs, in their order.
         runs: their folders.
-        accuracies: by metric, one a run, in [0, 1].
+        accuracies: by metric, one a run, in [0, 1]; those that all of its runs have.
         curves: for each run the steps and the accuracies of neighbours on the validation split.
     """
 
@@ -120,13 +120,14 @@ def compare(places: Sequence[str | Path]) -> list[Compared]:
 def markdown(compared: Sequence[Compared]) -> str:
     """A table: mean and interval of each setting, and its paired difference from the first."""
     head = ["setting", "seeds"]
-    for name in METRICS.values():
+    metrics = {key: name for key, name in SHOWN.items() if any(key in each.accuracies for each in compared)}
+    for name in metrics.values():
         head += [name, "against the first"] if len(compared) > 1 else [name]
     lines = [_line(head), _line(["---"] * len(head))]
     for each in compared:
         cells = [each.label, ", ".join(map(str, each.seeds))]
-        for metric in METRICS:
-            cells.append(_with_interval(each.accuracies[metric]))
+        for metric in metrics:
+            cells.append(_with_interval(each.accuracies[metric]) if metric in each.accuracies else "none")
             if len(compared) > 1:
                 cells.append("" if each is compared[0] else _difference(compared[0], each, metric))
         lines.append(_line(cells))
@@ -199,7 +200,11 @@ def _compared(label: str, members: list[tuple[int, RunFolder, dict[str, Any]]]) 
         label,
         tuple(seed for seed, _, _ in members),
         tuple(run for _, run, _ in members),
-        {metric: tuple(metrics["trained"][metric] for *_, metrics in members) for metric in METRICS},
+        {
+            metric: tuple(metrics["trained"][metric] for *_, metrics in members)
+            for metric in SHOWN
+            if all(metric in metrics["trained"] for *_, metrics in members)
+        },
         tuple(curves),
     )
 
@@ -259,6 +264,8 @@ def _short(value: Any) -> str:
 
 
 def _difference(first: Compared, other: Compared, metric: str) -> str:
+    if metric not in first.accuracies or metric not in other.accuracies:
+        return ""
     pairs = [
         other.accuracies[metric][other.seeds.index(seed)] - first.accuracies[metric][place]
         for place, seed in enumerate(first.seeds)

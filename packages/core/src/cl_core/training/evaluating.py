@@ -18,6 +18,10 @@ from cl_core.training.data import SPLITS, Data, Split
 
 METRICS = ("knn", "linear", "knn_validation", "linear_validation")
 """Accuracies that :func:`accuracies` always gives."""
+CLASSIFIER = ("classifier", "classifier_validation")
+"""Accuracies of a method's own classifier, where it defines :meth:`~cl_core.method.Method.classify`."""
+SHOWN = {"knn": "kNN", "linear": "linear probe", "classifier": "classifier"}
+"""What the accuracies on the judged split are called in tables, in their order."""
 FEW = "few_"
 """How the names of the accuracies on few labels begin; the share follows."""
 Embedding = tuple[Tensor, Tensor]
@@ -207,15 +211,75 @@ def few_of_each_class(labels: Tensor, share: float) -> Tensor:
 
 
 def evaluate(
-    method: Method, data: Data, settings: Evaluation | None = None, *, device: torch.device | str = "cpu"
+    method: Method,
+    data: Data,
+    settings: Evaluation | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    judged: Split = "test",
 ) -> dict[str, float]:
-    """Accuracies of a method's embeddings; see :func:`accuracies`."""
+    """Accuracies of a method's embeddings, and of its own classifier where it has one.
+
+    Args:
+        method: is left on ``device``.
+        data: with labels.
+        settings: how to evaluate.
+        device: where to compute.
+        judged: split in place of the test one.
+
+    Returns:
+        As :func:`accuracies` and :func:`classifier_accuracies`.
+    """
     settings = settings or Evaluation()
     size = settings.batch_size
-    train, validation, test = (
-        embed_split(method, data, split, device=device, batch_size=size) for split in SPLITS
-    )
-    return accuracies(train, validation, test, settings)
+    rows = {
+        split: embed_split(method, data, split, device=device, batch_size=size)
+        for split in dict.fromkeys(("train", "validation", judged))
+    }
+    found = accuracies(rows["train"], rows["validation"], rows[judged], settings)
+    return found | classifier_accuracies(method, data, settings, device=device, judged=judged)
+
+
+def classifier_accuracies(
+    method: Method,
+    data: Data,
+    settings: Evaluation | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    judged: Split = "test",
+) -> dict[str, float]:
+    """Share of labelled rows whose label has the largest of the scores that a method's own classifier gives.
+
+    Args:
+        method: is left on ``device``.
+        data: with labels.
+        settings: of which only ``batch_size`` counts.
+        device: where to compute.
+        judged: split in place of the test one.
+
+    Returns:
+        ``classifier`` on the judged split and ``classifier_validation``; nothing for a method that defines no
+        :meth:`~cl_core.method.Method.classify`.
+
+    Raises:
+        ValueError: if the scores are not of shape (N, C).
+    """
+    if type(method).classify is Method.classify:
+        return {}
+    size, shares = (settings or Evaluation()).batch_size, {}
+    with in_evaluation(method, device):
+        for split in dict.fromkeys((judged, "validation")):
+            dataset = data.evaluation_dataset(split)
+            scores, labels = labelled(
+                *embed_dataset(method.classify, dataset, data, device=device, batch_size=size)
+            )
+            if scores.ndim != 2 or scores.shape[1] == 0:
+                raise ValueError(
+                    f"{type(method).__name__}.classify must return scores of shape (N, C), got "
+                    f"{tuple(scores.shape)} for {len(labels)} rows."
+                )
+            shares[split] = _accuracy(scores.argmax(dim=1), labels)
+    return dict(zip(CLASSIFIER, (shares[judged], shares["validation"]), strict=True))
 
 
 def evaluate_raw(data: Data, settings: Evaluation | None = None) -> dict[str, float] | None:

@@ -36,6 +36,7 @@ from cl_core.training.evaluating import (
     Embedding,
     Evaluation,
     accuracies,
+    classifier_accuracies,
     embed_split,
     evaluate,
     evaluate_raw,
@@ -61,6 +62,7 @@ from cl_core.training.settings import (
 
 _LOG = logging.getLogger(__name__)
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
+_NAMED = 4  # weights in a sentence
 
 
 @dataclass(frozen=True)
@@ -293,27 +295,32 @@ def _fit_in(
                 kept = artifacts.initialise(task.method, initial, source=str(task.init_from))
                 if rank == 0:
                     run.write_metrics(initialised_from=settings["init_from"], kept_initial=kept)
-                    if kept:
-                        _LOG.warning(
-                            "%d of %d weights were not in %s and keep their initial values, %s first.",
-                            len(kept),
-                            len(task.method.state_dict()),
-                            task.init_from,
-                            kept[0],
-                        )
+                    _name_kept(kept, task)
             task.method.train()
             table = _train(lit, run, task)
         except Exception:
             learnt = lit.started if resumed else lit.steps_done > 0
             if (
                 not learnt and rank == 0
-            ):  # refused: all stays as it was, and a new folder is free for another attempt
+            ):  # refused: all is as before, and a new folder free for another attempt
                 restore()
             raise
         task.method.to("cpu").eval()
         if not lit.trainer.is_global_zero:
             return FitResult(run, task.method, {}, [])
         return _conclude(run, lit, task, table)
+
+
+def _name_kept(kept: list[str], task: _Task) -> None:
+    """Say which weights the initial ones did not bring along."""
+    if kept:
+        _LOG.warning(
+            "%d of %d weights were not in %s and keep their initial values: %s.",
+            len(kept),
+            len(task.method.state_dict()),
+            task.init_from,
+            ", ".join(kept if len(kept) <= _NAMED else [*kept[:_NAMED], "..."]),
+        )
 
 
 def _resumable(run: RunFolder, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -400,9 +407,12 @@ def _conclude(run: RunFolder, lit: LitMethod, task: _Task, table: MetricsTable) 
             split: embed_split(method, task.data, split, device=task.device, batch_size=size)
             for split in SPLITS
         }
+        own = classifier_accuracies(method, task.data, task.judged, device=task.device)
         method.to("cpu")
         train, validation, test = embeddings.values()
-        entries["trained"] = accuracies(train, validation, test, task.judged)
+        entries["trained"] = accuracies(train, validation, test, task.judged) | own
+        if own and (names := task.data.class_names) is not None:
+            entries["class_names"] = [str(name) for name in names]  # that the columns of its scores speak for
     metrics = run.write_metrics(**entries, train=table.rows[-1] if table.rows else {})
     if task.artist is not None:
         try:

@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace  # type: ignore[attr-defined]
+from torch import nn
 
 from cl_core import plugins
 from cl_core.method import Method
-from cl_core.training.artifacts import base_classes, subclasses
+from cl_core.training.artifacts import base_classes, note_arguments, subclasses
 from cl_core.training.cli import Domain, usable
 from cl_core.training.data import Data
 from cl_core.training.files import sentence
@@ -54,6 +55,9 @@ class Parser:
         self.domain, self.parts = domain, parts
         self.broken = load_known(domain)
         self.parser = ArgumentParser(prog=f"{domain.command} {verb}", exit_on_error=False, allow_abbrev=False)
+        # Heeded before there is a parser; here for the help.
+        help_ = "module to import first, so that a run or an export may name its classes; may be repeated"
+        self.parser.add_argument("--import", type=str, default=None, help=help_)
 
     def add_config(self) -> None:
         """Add ``--config NAME|PATH`` and ``--print_config``."""
@@ -93,8 +97,8 @@ class Parser:
             module = path.rpartition(".")[0]
             if module and module not in sys.modules:
                 raise ValueError(
-                    f"the stored configuration names {path!r}, which is not a registered class; if you trust it, give "
-                    "its configuration with --config."
+                    f"the stored configuration names {path!r}, which is not a registered class; if you trust it, pass "
+                    f"--import {module}."
                 )
         return self._parse([f"--config={yaml.safe_dump(config)}", *self._resolved(args)])
 
@@ -142,8 +146,11 @@ class Parser:
         Raises:
             ValueError: in one sentence, with what a constructor said.
         """
-        build = getattr(self.parser, "instantiate", None) or self.parser.instantiate_classes
+        build: Any = getattr(self.parser, "instantiate", None) or self.parser.instantiate_classes
         try:
+            if "instantiators" in inspect.signature(build).parameters:
+                return build(config, instantiators=[(_noted, nn.Module, True)])  # type: ignore[no-any-return]
+            self.parser.add_instantiator(_noted, nn.Module)  # before jsonargparse 4.49
             return build(config)  # type: ignore[no-any-return]
         except ValueError as error:
             raise ValueError(self.explain(str(error))) from error
@@ -179,6 +186,14 @@ class Parser:
         if found := re.search(r"Expected an? (?P<type>.+?)\. Got value: (?P<value>.+)", message):
             expected = found["type"].replace("<class '", "").replace("'>", "").replace("typing.", "")
             return f"{_option(message[: found.start()])} must be of type {expected}, got {found['value']!r}."
+        if found := re.search(r"'([^']+)':\s+((?:No module named|module '|cannot import name).*)", message):
+            where, reason = _option(message[: found.start()]), found[2].strip()
+            return (
+                f"{where} names {found[1]!r}, which cannot be imported ({reason}): a package of your own must be "
+                "installed, or lie on PYTHONPATH."
+            )
+        if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", message):
+            return f"{_option(message[: found.start()])} must be a {found[2]}, which {found[1]} is not."
         reasons = [
             reason for reason in re.findall(r"^ *- (.+)$", message, flags=re.M) if "NoneType" not in reason
         ]
@@ -222,6 +237,14 @@ class Parser:
                 if (child.__module__, child.__qualname__) == (module, name):
                     return child
         return getattr(import_module(module), name, None)
+
+
+def _noted(kind: type[nn.Module], *args: Any, **arguments: Any) -> nn.Module:
+    """A module that was asked for, with what it was built with written down."""
+    built = kind(*args, **arguments)
+    if not args:
+        note_arguments(built, arguments)
+    return built
 
 
 def _name(group: Sequence[str]) -> str:

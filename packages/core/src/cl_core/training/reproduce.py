@@ -28,7 +28,7 @@ from jsonargparse import ArgumentParser
 
 from cl_core import _checks, plugins
 from cl_core.training.cli import Domain
-from cl_core.training.evaluating import FEW, METRICS
+from cl_core.training.evaluating import CLASSIFIER, FEW, METRICS
 from cl_core.training.files import make_folder, read_json, sentence, to_json, write_atomically
 from cl_core.training.run import RunFolder
 
@@ -104,7 +104,7 @@ class Grid:
                     raise ValueError(f"{name} must hold at least one entry")
             for metric in grid.metrics:
                 if not metric.startswith(FEW):
-                    _checks.choice("metrics", metric, METRICS)
+                    _checks.choice("metrics", metric, (*METRICS, *CLASSIFIER))
             return grid
         except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is not a grid of cells: {sentence(error).rstrip('.')}.") from None

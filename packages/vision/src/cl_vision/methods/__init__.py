@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cl_vision.methods.barlow_twins import BarlowTwins
     from cl_vision.methods.byol import BYOL
+    from cl_vision.methods.classifier import Classifier
     from cl_vision.methods.deepcluster_v2 import DeepClusterV2
     from cl_vision.methods.hydra import Hydra, SimLAP
     from cl_vision.methods.moco import MoCo, MoCoV3
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BYOL": "byol",
     "BarlowTwins": "barlow_twins",
+    "Classifier": "classifier",
     "DeepClusterV2": "deepcluster_v2",
     "Hydra": "hydra",
     "MoCo": "moco",
@@ -37,6 +39,7 @@ __all__ = [
     "BYOL",
     "NNCLR",
     "BarlowTwins",
+    "Classifier",
     "DeepClusterV2",
     "Hydra",
     "MoCo",

@@ -23,11 +23,28 @@ def check_parts(
     encoder: Encoder, loss: ContrastiveLoss, *kinds: type[ContrastiveLoss], called_with: str
 ) -> None:
     """Refuse anything but an encoder and a loss of one of the kinds."""
-    if not isinstance(encoder, Encoder):
-        raise TypeError(f"encoder must be a cl_vision Encoder, got {type(encoder).__name__}.")
+    check_encoder(encoder)
     if not isinstance(loss, kinds):
         names = " or a ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"loss must be a {names}, called with {called_with}, got {type(loss).__name__}.")
+
+
+def check_encoder(encoder: Encoder) -> None:
+    """Refuse anything but an encoder."""
+    if not isinstance(encoder, Encoder):
+        raise TypeError(f"encoder must be a cl_vision Encoder, got {type(encoder).__name__}.")
+
+
+def check_labels(method: Method, labels: Tensor, num_classes: int | None = None) -> None:
+    """Refuse images without a label, and labels from ``num_classes`` on."""
+    if bool((labels < 0).any()):
+        name = type(method).__name__
+        raise ValueError(f"{name} needs a label for every image, got some without: choose labelled data.")
+    if num_classes is not None and bool((labels >= num_classes).any()):
+        raise ValueError(
+            f"num_classes must be above every label, got {num_classes} and label {int(labels.max())}: pass "
+            "--model.num_classes."
+        )
 
 
 def built(name: str, head: Projector, in_dim: int, of: str) -> Projector:

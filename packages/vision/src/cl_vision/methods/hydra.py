@@ -13,7 +13,7 @@ from cl_core.method import Method, Progress
 from cl_core.momentum import ExponentialMovingAverage, cosine_momentum
 from cl_core.samplers import ArbitraryPartners, PartnerClasses
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_parts, two_views, with_predictor
+from cl_vision.methods._parts import built, check_labels, check_parts, two_views, with_predictor
 from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class SimLAP(Method):
         """Loss of one or two views with their labels, and the entropy of the gates."""
         if len(batch.views) > 1:
             two_views(self, batch)
-        _check_labels(self, batch.labels, self.num_classes)
+        check_labels(self, batch.labels, self.num_classes)
         z = [self.project(view) for view in batch.views]
         partners = self.partners(batch.labels)
         gates = self.gate(batch.labels, partners)
@@ -160,7 +160,7 @@ class Hydra(Method):
         """Loss of two views with their labels, its two parts, and the entropy of the gates."""
         views = two_views(self, batch)
         labels = batch.labels
-        _check_labels(self, labels, self.num_classes)
+        check_labels(self, labels, self.num_classes)
         projections = [self.projector(self.encoder(view)) for view in views]
         queries = [self.predictor(z) for z in projections]
         gated = queries if self.gated_predictor is None else [self.gated_predictor(z) for z in projections]
@@ -193,17 +193,6 @@ def _gate(gate: Gate | None, num_classes: int, width: int) -> Gate:
             f"got one of {gate.num_classes} and {gate.dim}."
         )
     return gate
-
-
-def _check_labels(method: Method, labels: Tensor, num_classes: int) -> None:
-    if bool((labels < 0).any()):
-        name = type(method).__name__
-        raise ValueError(f"{name} needs a label for every image, got some without: choose labelled data.")
-    if bool((labels >= num_classes).any()):
-        raise ValueError(
-            f"num_classes must be above every label, got {num_classes} and label {int(labels.max())}: pass "
-            "--model.num_classes."
-        )
 
 
 def _with_entropy(loss: Tensor, gates: Tensor, method: SimLAP | Hydra) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_core.losses import LabelledLoss
 from cl_core.method import Method
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_parts, check_views
+from cl_vision.methods._parts import built, check_labels, check_parts, check_views
 from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ class SupCon(Method):
     def loss(self, batch: Views) -> Tensor:
         """Loss of two or more views with their labels, a scalar."""
         check_views(self, batch)
-        if bool((batch.labels < 0).any()):
-            raise ValueError("SupCon needs a label for every image, got some without: choose labelled data.")
+        check_labels(self, batch.labels)
         projections = torch.cat([self.project(view) for view in batch.views])
         return self.criterion(projections, batch.labels.repeat(len(batch.views)))
 
