@@ -10,7 +10,7 @@ from cl_core import distributed
 from cl_core.functional import clip_loss, info_nce_loss, nt_xent_loss, siglip_loss
 from cl_core.losses import CLIPLoss, HardNegativeNCELoss, NTXentLoss, SigLIPLoss
 from cl_core.memory import FeatureQueue, InstanceBank, PrototypeBank
-from cl_core.samplers import WeightedPartners
+from cl_core.testing import Ranks
 
 
 def gathered(group, counts):
@@ -75,6 +75,19 @@ def test_the_pool_tells_who_failed_and_goes_on(ranks):
     assert ranks.run(rank_of, world_size=4) == [0, 1, 2, 3]
 
 
+def three():
+    return 3
+
+
+def call(group, function):
+    return function()
+
+
+def test_a_fresh_pool_takes_functions_of_the_file_as_arguments():
+    with Ranks(1) as pool:
+        assert pool.run(call, three, world_size=1) == [3]
+
+
 @pytest.mark.parametrize("group", ["wrold", 1, True])
 def test_what_is_no_group(group):
     z = torch.randn(4, 3)
@@ -137,23 +150,22 @@ def test_a_scale_above_its_cap_comes_back(kind):
 
 
 class Remembering(nn.Module):
-    """Running statistics, two memories inside another module, and a table that never changes."""
+    """Running statistics, and two memories inside another module."""
 
     def __init__(self):
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
         self.memories = nn.ModuleDict({"queue": FeatureQueue(4, 3), "bank": InstanceBank(5, 3)})
-        self.partners = WeightedPartners(torch.ones(2, 2), 1.0)
 
     def forward(self, rows):
         return self.norm(rows).sum()
 
 
-def test_memories_and_constants_need_no_broadcast():
+def test_memories_need_no_broadcast():
     names = {*distributed.unbroadcast_buffers(Remembering())}
     queue = {f"memories.queue.{name}" for name in ("_embeddings", "_labels", "_ids")}
     bank = {f"memories.bank.{name}" for name in ("_embeddings", "_seen")}
-    assert names == queue | bank | {"partners._probabilities"}
+    assert names == queue | bank
     assert distributed.unbroadcast_buffers(FeatureQueue(4, 3)) == ["_embeddings", "_labels", "_ids"]
     assert len(distributed.unbroadcast_buffers(PrototypeBank(5, [2, 3], 3))) == 5
 

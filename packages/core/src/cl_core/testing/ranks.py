@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -78,7 +80,8 @@ class Ranks:
             raise RuntimeError("Ranks runs inside its context only: with Ranks(4) as ranks: ranks.run(...).")
         file = getattr(sys.modules.get(function.__module__), "__file__", None)
         for connection in self._connections[:world_size]:
-            connection.send((function.__module__, file, function.__qualname__, args, world_size))
+            connection.send((function.__module__, file, function.__qualname__, world_size))
+            connection.send_bytes(ForkingPickler.dumps(args))
         return self._answers(world_size, function)
 
     def _answers(self, world_size: int, function: Callable[..., Any]) -> list[Any]:
@@ -116,11 +119,13 @@ def _serve(connection: Connection, rank: int, size: int, rendezvous: str) -> Non
     groups = {1: dist.new_group([0])} | {n: dist.new_group(list(range(n))) for n in range(2, size + 1)}
     while True:
         try:
-            module, file, name, args, world_size = connection.recv()
+            module, file, name, world_size = connection.recv()
+            args = connection.recv_bytes()
         except EOFError:
             return
         try:
-            result = _find(module, file, name)(groups[world_size], *args)
+            function = _find(module, file, name)  # first, as the arguments may come from its file too
+            result = function(groups[world_size], *ForkingPickler.loads(args))
             connection.send((True, result))
         except Exception:
             connection.send((False, traceback.format_exc()))
@@ -139,6 +144,9 @@ def _find(module: str, file: str | None, name: str) -> Callable[..., Any]:
             assert spec.loader is not None
             loaded = importlib.util.module_from_spec(spec)
             sys.modules[module] = loaded
+            for dot in (place for place, letter in enumerate(module) if letter == "."):
+                # What pickle imports first. No package has such a file, so nothing of that name is hidden.
+                sys.modules.setdefault(module[:dot], ModuleType(module[:dot]))
             spec.loader.exec_module(loaded)
     found: Any = sys.modules[module]
     for part in name.split("."):

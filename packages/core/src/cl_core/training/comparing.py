@@ -99,7 +99,7 @@ def compare(places: Sequence[str | Path]) -> list[Compared]:
             raise ValueError(f"{run.path} is not finished: go on with it first (fit --resume {run.path}).")
         if not metrics.get("trained"):
             raise ValueError(f"{run.path} has no accuracies to compare: its data has no labels.")
-        if lost := [metric for metric in METRICS if metric not in metrics["trained"]]:
+        if lost := [key for key in SHOWN if key in METRICS and key not in metrics["trained"]]:
             raise ValueError(f"{run.metrics} is damaged: what was trained lacks {', '.join(lost)}.")
         settings = run.read_settings()
         seed, rest = settings["seed"], _without_beside("", settings)
