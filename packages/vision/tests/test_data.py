@@ -361,6 +361,11 @@ def test_fashion_mnist_layouts(fashion, folder, packed):
     assert torch.equal(data.splits["train"][0].images[:, 0].long(), expected)
     assert isinstance(data.transform, SmallGrayTransform)
     assert data.class_names[9] == "Ankle boot"
+    few = FashionMNIST(root=root, train_size=6, test_size=3, validation=0.0)
+    assert torch.equal(few.splits["train"][0].images, data.splits["train"][0].images[:6])
+    assert len(few.evaluation_dataset("test")) == 3
+    with pytest.raises(ValueError, match="train_size must be >= 1, or None for all images, got 0"):
+        FashionMNIST(root=root, train_size=0)
 
 
 def test_fashion_mnist_agrees_with_torchvision(fashion):
@@ -498,6 +503,7 @@ def test_stl10_trains_on_unlabelled_images_and_evaluates_labelled_ones(tmp_path,
     # STL-10 stores its images column by column.
     assert torch.equal(image, torch.from_numpy(arrays["train_X.bin"][0]).transpose(1, 2))
     assert len(STL10(root=tmp_path, unlabelled=False).splits["train"][0]) == 10
+    assert len(STL10(root=tmp_path, train_size=7).splits["train"][0]) == 7
     (folder / "test_y.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="stl10_binary is incomplete"):
         STL10(root=tmp_path).splits  # noqa: B018

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from cl_core.training import cli
 from cl_core.training.artifacts import load_export
 from cl_core.training.evaluating import few_of_each_class
+from cl_core.training.reproduce import Grid, markdown
 from cl_core.training.run import RunFolder
 
 QUICK = """
@@ -455,7 +456,8 @@ def test_reproduce_and_compare_show_the_classifier_where_there_is_one(command):
     status, out, err = command("reproduce", "grid.yaml", "--output", "out")
     assert (status, err) == (0, "")
     own = json.loads(Path("out/b-narrow-seed0/metrics.json").read_text())["trained"]
-    assert "| A | wide | 1 | none | none | none | none |" in out
+    assert "| method | setting | seeds | classifier | classifier, untrained | knn |" in out
+    assert "| A | wide | 1 | none |" in out
     assert f"| B | narrow | 1 | {100 * own['classifier']:.1f} |" in out
     status, out, err = command("compare", "out")
     assert (status, err) == (0, "")
@@ -601,6 +603,41 @@ def test_reproduce_writes_a_table_and_goes_on_where_it_was_cut(command, tiny, mo
     calls.clear()
     assert command("reproduce", "grid", "--output", "out")[0] == 0
     assert calls == []
+
+
+def test_options_of_fit_reach_every_run_of_a_grid_below_its_own(command):
+    Path("grid.yaml").write_text(GRID.replace("seeds: [0, 1]", "seeds: [0]"))
+    options = ["--model.encoder.width", "6", "--optimization.lr=0.02"]
+    assert command("reproduce", "grid.yaml", *options, "--output", "out", "--seeds=[3]")[0] == 0
+    for run, width in (("a-wide", 6), ("b-narrow", 4)):
+        config = yaml.safe_load(Path(f"out/{run}-seed3/config.yaml").read_text())
+        assert config["model"]["init_args"]["encoder"]["init_args"]["width"] == width
+        assert config["optimization"]["lr"] == 0.02
+    table = Path("out/results.md").read_text()
+    assert "All with --model.encoder.width 6 --optimization.lr=0.02.\n" in table
+    status, _, err = command("reproduce", "grid.yaml", "--output", "out", "--seeds=[3]")
+    assert (status, "holds a run of other settings" in err) == (2, True)
+    status, _, err = command("reproduce", "grid.yaml", "--outptu", "other", "--output", "third")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "outptu" in err
+
+
+def test_a_table_has_no_columns_without_numbers():
+    row = {
+        "method": "A",
+        "setting": "s",
+        "seeds": [0],
+        "trained": {"knn": [0.5]},
+        "untrained": {},
+        "raw": {},
+        "published": {},
+        "numbers": {},
+    }
+    grid = Grid("A grid", (0,), ("knn", "linear"), ())
+    assert "| method | setting | seeds | knn |\n" in markdown(grid, [row])
+    published = {**row, "published": {"linear": 0.7}}
+    assert "| method | setting | seeds | knn | linear, published |\n" in markdown(grid, [row, published])
+    assert "| A | s | 1 | 50.0 | none |\n" in markdown(grid, [row, published])
 
 
 def test_several_processes_share_a_grid(command):

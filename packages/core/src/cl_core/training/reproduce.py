@@ -33,6 +33,7 @@ from cl_core.training.files import make_folder, read_json, sentence, to_json, wr
 from cl_core.training.run import RunFolder
 
 _ENCODERS = ("trained", "untrained", "raw")
+_NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Cell:
             f"{re.sub(r'[^A-Za-z0-9.]+', '-', f'{self.method}-{self.setting}').strip('-').lower()}-seed{seed}"
         )
 
-    def arguments(self, seed: int) -> list[str]:
-        """Arguments of ``fit`` for one seed."""
-        options = [f"--{name}={_option(value)}" for name, value in self.overrides.items()]
-        return ["--config", self.config, *options, f"--seed={seed}"]
+    def arguments(self, seed: int, options: Sequence[str] = ()) -> list[str]:
+        """Arguments of ``fit`` for one seed; ``options`` take the place of the configuration's, not of the cell's."""
+        overrides = [f"--{name}={_option(value)}" for name, value in self.overrides.items()]
+        return ["--config", self.config, *options, *overrides, f"--seed={seed}"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,12 @@ class Grid:
             raise ValueError(f"{path} is not a grid of cells: {sentence(error).rstrip('.')}.") from None
 
 
+_OWN = ("--output", "--seeds", "--debug", "--help", "-h")
+
+
 def reproduce_command(domain: Domain, args: list[str]) -> None:
-    """``reproduce NAME``: run what is missing, print and write the table."""
+    """``reproduce NAME [options of fit]``: run what is missing, print and write the table."""
+    args, options = _apart(args)
     parser = ArgumentParser(prog=f"{domain.command} reproduce", exit_on_error=False)
     parser.add_argument("name", type=str, help="a grid ('list configs' shows them), or its file")
     parser.add_argument("--output", type=str, default=None, help="folder; default runs/reproduce-NAME")
@@ -125,11 +130,30 @@ def reproduce_command(domain: Domain, args: list[str]) -> None:
         raise ValueError(sentence(error)) from None
     name = Path(config.name).stem if Path(config.name).is_file() else config.name
     output = Path(config.output or f"runs/reproduce-{name}")
-    print(reproduce(domain, config.name, output=output, seeds=config.seeds))
+    print(reproduce(domain, config.name, output=output, seeds=config.seeds, options=options))
     print(f"table: {output / 'results.md'}")
 
 
-def reproduce(domain: Domain, name: str, *, output: str | Path, seeds: Sequence[int] | None = None) -> str:
+def _apart(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and the options of ``fit`` among them."""
+    own: list[str] = []
+    options: list[str] = []
+    into = own
+    for arg in args:
+        if arg.startswith("-"):
+            into = own if arg.partition("=")[0] in _OWN else options
+        into.append(arg)
+    return own, options
+
+
+def reproduce(
+    domain: Domain,
+    name: str,
+    *,
+    output: str | Path,
+    seeds: Sequence[int] | None = None,
+    options: Sequence[str] = (),
+) -> str:
     """Run a grid; cells that are finished in ``output`` are not run again, a cut one is resumed.
 
     Several processes may be started on one ``output``: each leaves a run to the one that trains it and takes the next.
@@ -140,6 +164,8 @@ def reproduce(domain: Domain, name: str, *, output: str | Path, seeds: Sequence[
         name: of a shipped grid, or a file.
         output: folder of the runs and of ``results.json`` and ``results.md``, rewritten after each run.
         seeds: instead of the grid's.
+        options: of ``fit``, for all cells, such as ``["--data", "CIFAR100"]``; what a cell says itself stands above
+            them.
 
     Returns:
         The table, as Markdown.
@@ -160,44 +186,48 @@ def reproduce(domain: Domain, name: str, *, output: str | Path, seeds: Sequence[
     for place, (cell, seed) in enumerate(queue):
         print(f"[{place + 1}/{len(queue)}] {cell.method}, {cell.setting}, seed {seed}", flush=True)
         try:
-            _run_cell(domain, cell, seed, folder)
+            _run_cell(domain, cell.arguments(seed, options), RunFolder(folder / cell.folder(seed)))
         except BlockingIOError as error:  # several processes may share a queue
             print(f"{error.strerror}: left to it", flush=True)
         results = _collect(grid, chosen, folder)
-        table = markdown(grid, results)
+        table = markdown(grid, results, options)
         write_atomically(folder / "results.json", to_json(results))
         write_atomically(folder / "results.md", table)
     return table
 
 
-def markdown(grid: Grid, results: Sequence[Mapping[str, Any]]) -> str:
-    """The table of a grid's results."""
-    head = ["method", "setting", "seeds"]
+def markdown(grid: Grid, results: Sequence[Mapping[str, Any]], options: Sequence[str] = ()) -> str:
+    """The table of a grid's results; columns that no line has a number for are left out."""
+    columns: dict[str, list[str]] = {
+        "method": [row["method"] for row in results],
+        "setting": [row["setting"] for row in results],
+        "seeds": [str(len(row["seeds"])) for row in results],
+    }
     for metric in grid.metrics:
-        head += [metric, f"{metric}, untrained", f"{metric}, raw", f"{metric}, published"]
-    head += grid.numbers
-    lines = [f"# {grid.title}", "", _line(head), _line(["---"] * len(head))]
-    for row in results:
-        cells = [row["method"], row["setting"], str(len(row["seeds"]))]
-        for metric in grid.metrics:
-            cells += [_spread(row[encoder].get(metric)) for encoder in _ENCODERS]
-            published = row["published"].get(metric)
-            cells.append("none" if published is None else f"{100 * published:.1f}")
-        cells += [_spread(row["numbers"][number], scale=1, digits=3) for number in grid.numbers]
-        lines.append(_line(cells))
+        for encoder in _ENCODERS:
+            name = metric if encoder == "trained" else f"{metric}, {encoder}"
+            columns[name] = [_spread(row[encoder].get(metric)) for row in results]
+        published = [row["published"].get(metric) for row in results]
+        columns[f"{metric}, published"] = [_NONE if p is None else f"{100 * p:.1f}" for p in published]
+    for number in grid.numbers:
+        columns[number] = [_spread(row["numbers"][number], scale=1, digits=3) for row in results]
+    shown = {name: cells for name, cells in columns.items() if any(cell != _NONE for cell in cells)}
+    lines = [f"# {grid.title}", "", _line([*shown]), _line(["---"] * len(shown))]
+    lines += [_line(cells) for cells in zip(*shown.values(), strict=True)]
     lines += ["", "Test accuracy in percent: mean +- standard deviation over the seeds (n - 1)."]
+    if options:
+        lines.append(f"All with {' '.join(options)}.")
     sources = [
         f"{row['method']}: {row['published']['source']}" for row in results if "source" in row["published"]
     ]
     return "\n".join([*lines, *(f"Published, {source}." for source in dict.fromkeys(sources)), ""])
 
 
-def _run_cell(domain: Domain, cell: Cell, seed: int, folder: Path) -> None:
+def _run_cell(domain: Domain, arguments: list[str], run: RunFolder) -> None:
     from cl_core.training.commands import fit_from
 
-    run = RunFolder(folder / cell.folder(seed))
     asked = run.path / "cell.json"
-    plan = {"arguments": cell.arguments(seed)}
+    plan = {"arguments": arguments}
     if run.config.is_file() and (not asked.is_file() or read_json(asked) != plan):
         raise ValueError(f"{run.path} holds a run of other settings: choose another --output.")
     write_atomically(asked, to_json(plan))
@@ -205,7 +235,7 @@ def _run_cell(domain: Domain, cell: Cell, seed: int, folder: Path) -> None:
         return
     if not run.config.is_file():
         try:
-            fit_from(domain, [*cell.arguments(seed), "--run_dir", str(run.path)])
+            fit_from(domain, [*arguments, "--run_dir", str(run.path)])
             return
         except FileExistsError:  # another process has begun it meanwhile
             pass
@@ -235,7 +265,7 @@ def _collect(grid: Grid, seeds: Sequence[int], folder: Path) -> list[dict[str, A
 
 def _spread(values: Sequence[float] | None, *, scale: float = 100, digits: int = 1) -> str:
     if not values:
-        return "none"
+        return _NONE
     mean = f"{scale * statistics.fmean(values):.{digits}f}"
     return f"{mean} +- {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 

@@ -49,6 +49,13 @@ def stratified_split(labels: Tensor, fraction: float, *, seed: int) -> tuple[Ten
     return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse numbers of images below 1."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be >= 1, or None for all images, got {size}.")
+
+
 class ImageData(Data):
     """Base of every image data set.
 

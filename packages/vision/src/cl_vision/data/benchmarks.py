@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from cl_core.training.data import Split
-from cl_vision.data.base import ImageData
+from cl_vision.data.base import ImageData, check_sizes
 from cl_vision.data.subsets import Subset
 from cl_vision.data.views import ImageArray, Images
 from cl_vision.transforms import SimCLRTransform, SmallGrayTransform, ViewTransform
@@ -36,6 +36,8 @@ class _Benchmark(ImageData):
         validation: float = 0.1,
         split_seed: int = 0,
         subset: Subset | None = None,
+        train_size: int | None = None,
+        test_size: int | None = None,
         download: bool = False,
     ) -> None:
         super().__init__(
@@ -49,7 +51,12 @@ class _Benchmark(ImageData):
             split_seed=split_seed,
             subset=subset,
         )
-        self.download = download
+        check_sizes(train_size=train_size, test_size=test_size)
+        self.train_size, self.test_size, self.download = train_size, test_size, download
+
+    def _first(self, split: Split, images: Tensor, labels: Tensor) -> ImageArray:
+        size = self.train_size if split == "train" else self.test_size
+        return ImageArray(images[:size], labels[:size])
 
     def _missing(self, expected: str) -> NoReturn:
         raise FileNotFoundError(
@@ -73,6 +80,8 @@ class FashionMNIST(_Benchmark):
         validation: share of each class of the training images held out for validation.
         split_seed: of the held-out rows.
         subset: which of the remaining training images are trained on; None for all.
+        train_size: use only so many training images, the first ones, before validation is held out.
+        test_size: use only so many test images, the first ones.
         download: fetch the files through torchvision where they are missing.
     """
 
@@ -91,6 +100,8 @@ class FashionMNIST(_Benchmark):
         validation: float = 0.1,
         split_seed: int = 0,
         subset: Subset | None = None,
+        train_size: int | None = None,
+        test_size: int | None = None,
         download: bool = False,
     ) -> None:
         super().__init__(
@@ -103,6 +114,8 @@ class FashionMNIST(_Benchmark):
             validation=validation,
             split_seed=split_seed,
             subset=subset,
+            train_size=train_size,
+            test_size=test_size,
             download=download,
         )
 
@@ -115,12 +128,13 @@ class FashionMNIST(_Benchmark):
         if self.download:
             datasets.FashionMNIST(str(self.root), download=True)
         folder = self._folder()
-        return {"train": self._read(folder, "train"), "test": self._read(folder, "t10k")}
+        prefixes: dict[Split, str] = {"train": "train", "test": "t10k"}
+        return {split: self._read(folder, split, prefix) for split, prefix in prefixes.items()}
 
-    def _read(self, folder: Path, prefix: str) -> ImageArray:
+    def _read(self, folder: Path, split: Split, prefix: str) -> ImageArray:
         images = read_idx(self._file(folder, f"{prefix}-images-idx3-ubyte"), dimensions=3)
         labels = read_idx(self._file(folder, f"{prefix}-labels-idx1-ubyte"), dimensions=1)
-        return ImageArray(images[:, None], labels)
+        return self._first(split, images[:, None], labels)
 
     def _folder(self) -> Path:
         candidates = [
@@ -160,6 +174,8 @@ class CIFAR10(_Benchmark):
         validation: share of each class of the training images held out for validation.
         split_seed: of the held-out rows.
         subset: which of the remaining training images are trained on; None for all.
+        train_size: use only so many training images, the first ones, before validation is held out.
+        test_size: use only so many test images, the first ones.
         download: fetch the files through torchvision where they are missing.
     """
 
@@ -177,9 +193,8 @@ class CIFAR10(_Benchmark):
         for split in names:
             data = self._open(split == "train")
             self._names = list(data.classes)
-            splits[split] = ImageArray(
-                torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
-            )
+            pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+            splits[split] = self._first(split, pixels, torch.tensor(data.targets))
         return splits
 
     def _open(self, train: bool) -> Any:
@@ -228,6 +243,8 @@ class STL10(_Benchmark):
         validation: share of each class of the training images held out for validation.
         split_seed: of the held-out rows.
         subset: which of the remaining training images are trained on; None for all.
+        train_size: use only so many training images, the first ones, before validation is held out.
+        test_size: use only so many test images, the first ones.
         download: fetch the files through torchvision where they are missing.
         unlabelled: train on the unlabelled images as well (2.8 GB in memory).
     """
@@ -247,6 +264,8 @@ class STL10(_Benchmark):
         validation: float = 0.1,
         split_seed: int = 0,
         subset: Subset | None = None,
+        train_size: int | None = None,
+        test_size: int | None = None,
         download: bool = False,
         unlabelled: bool = True,
     ) -> None:
@@ -260,6 +279,8 @@ class STL10(_Benchmark):
             validation=validation,
             split_seed=split_seed,
             subset=subset,
+            train_size=train_size,
+            test_size=test_size,
             download=download,
         )
         self.unlabelled = unlabelled
@@ -273,9 +294,9 @@ class STL10(_Benchmark):
         if not self.download and not (self.root / "stl10_binary").is_dir():
             self._missing("stl10_binary/ with train_X.bin and its companions")
         names: dict[Split, str] = {"train": "train+unlabeled" if self.unlabelled else "train", "test": "test"}
-        return {split: self._open(name) for split, name in names.items()}
+        return {split: self._open(split, name) for split, name in names.items()}
 
-    def _open(self, name: str) -> ImageArray:
+    def _open(self, split: Split, name: str) -> ImageArray:
         try:
             data = datasets.STL10(str(self.root), split=name, download=self.download)
         except RuntimeError as error:
@@ -283,7 +304,7 @@ class STL10(_Benchmark):
                 f"{self.root / 'stl10_binary'} is incomplete or does not have torchvision's MD5 sums."
             ) from error
         labels = torch.from_numpy(np.asarray(data.labels)).long()
-        return ImageArray(torch.from_numpy(np.ascontiguousarray(data.data)), labels)
+        return self._first(split, torch.from_numpy(np.ascontiguousarray(data.data)), labels)
 
     @property
     def class_names(self) -> list[str]:

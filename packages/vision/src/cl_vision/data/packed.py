@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from cl_core.training.data import Split
-from cl_vision.data.base import ImageData
+from cl_vision.data.base import ImageData, check_sizes
 from cl_vision.data.subsets import Subset
 from cl_vision.data.views import ImageArray, Images
 from cl_vision.transforms import ViewTransform
@@ -75,9 +75,7 @@ class PackedCIFAR10(ImageData):
             split_seed=split_seed,
             subset=subset,
         )
-        for name, size in (("train_size", train_size), ("test_size", test_size)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be >= 1, or None for all images, got {size}.")
+        check_sizes(train_size=train_size, test_size=test_size)
         self.train_size, self.test_size = train_size, test_size
 
     def read(self) -> dict[Split, Images]:
