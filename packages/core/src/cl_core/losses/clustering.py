@@ -16,6 +16,8 @@ from cl_core.distributed import Shard, shard
 from cl_core.losses._base import PrototypeLoss, ScoresLoss
 from cl_core.losses._common import check_rows, inverse, reduce
 
+# Of logits: so far apart that factors of rows and columns, and sums of thousands of rows, stay normal numbers.
+_NARROW = {torch.float32: 70.0, torch.float64: 600.0}
 _UNIFORM = 0.98  # of the largest entropy
 _ONE_FOR_ALL = 0.5  # of the samples
 
@@ -51,13 +53,30 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, grou
 
 
 def _codes(scores: Tensor, epsilon: float, iterations: int, split: Shard) -> Tensor:
-    one_each = replace(split, counts=(1,) * split.world_size)
     with torch.no_grad():
-        log_codes = similarity.at_least_float32(scores) / epsilon
+        logits = similarity.at_least_float32(scores) / epsilon
+        alone = split.group is None and logits.device.type == "cpu" and not torch.compiler.is_compiling()
+        if alone:  # elsewhere to look at the range would be a message, or a wait for the device
+            low, high = logits.aminmax()
+            if float(high - low) <= _NARROW[logits.dtype]:
+                return _scaled_codes(logits.sub_(high).exp_(), iterations)
+        one_each = replace(split, counts=(1,) * split.world_size)
         for _ in range(iterations):
-            log_sums = one_each.gather(log_codes.logsumexp(0, keepdim=True))
-            log_codes = (log_codes - log_sums.logsumexp(0)).log_softmax(1)
-        return log_codes.exp()
+            log_sums = one_each.gather(logits.logsumexp(0, keepdim=True))
+            logits = (logits - log_sums.logsumexp(0)).log_softmax(1)
+        return logits.exp()
+
+
+def _scaled_codes(kernel: Tensor, iterations: int) -> Tensor:
+    """The same by one factor a row and one a column, which takes one exponential an entry; writes over the kernel."""
+    share = (
+        len(kernel) / kernel.shape[1]
+    )  # of a column; any number would do, but with others the factors drift apart
+    rows = kernel.new_ones(len(kernel))
+    for _ in range(iterations):
+        columns = share / (rows @ kernel)
+        rows = (kernel @ columns).reciprocal_()
+    return kernel.mul_(columns).mul_(rows[:, None])
 
 
 def swav_loss(
@@ -287,7 +306,10 @@ def _check_sinkhorn(epsilon: float, iterations: int) -> None:
 
 def _check_size(name: str, scores: Tensor, **divisors: float | Tensor) -> None:
     """Refuse scores that overflow, divided by what they are to be divided by, or whose differences then do."""
-    size = similarity.at_least_float32(scores.detach()).abs()
+    if not scores.numel():  # a rank may hold no row
+        return
+    low, high = similarity.at_least_float32(scores.detach()).aminmax()
+    size = torch.maximum(-low, high)
     # Sums along rows and columns are taken off in turn: between the two a logarithm may grow fourfold.
     largest = torch.finfo(size.dtype).max / 8
     limit: float | Tensor
@@ -297,7 +319,7 @@ def _check_size(name: str, scores: Tensor, **divisors: float | Tensor) -> None:
         else:
             limit = min(value, 8) * largest
         _checks.require(
-            (size <= limit).all(),
+            size <= limit,
             f"{name} must be at most {largest:.1g} in absolute value once divided by {divisor}, got a larger one.",
         )
 
