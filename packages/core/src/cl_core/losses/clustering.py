@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_core import _checks, similarity
+from cl_core import _checks, _rows, similarity
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 from cl_core.losses._base import PrototypeLoss, ScoresLoss
@@ -18,6 +19,7 @@ from cl_core.losses._common import check_rows, inverse, reduce
 
 # Of logits: so far apart that factors of rows and columns, and sums of thousands of rows, stay normal numbers.
 _NARROW = {torch.float32: 70.0, torch.float64: 600.0}
+_PIECE = 2**16  # entries of the scores that are worked on at once, so that they stay in the cache
 _UNIFORM = 0.98  # of the largest entropy
 _ONE_FOR_ALL = 0.5  # of the samples
 
@@ -54,12 +56,13 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, grou
 
 def _codes(scores: Tensor, epsilon: float, iterations: int, split: Shard) -> Tensor:
     with torch.no_grad():
-        logits = similarity.at_least_float32(scores) / epsilon
-        alone = split.group is None and logits.device.type == "cpu" and not torch.compiler.is_compiling()
+        scores = similarity.at_least_float32(scores)
+        alone = split.group is None and scores.device.type == "cpu" and not torch.compiler.is_compiling()
         if alone:  # elsewhere to look at the range would be a message, or a wait for the device
-            low, high = logits.aminmax()
-            if float(high - low) <= _NARROW[logits.dtype]:
-                return _scaled_codes(logits.sub_(high).exp_(), iterations)
+            low, high = scores.aminmax()
+            if float(high - low) <= _NARROW[scores.dtype] * epsilon:
+                return _scaled_codes(scores, high, epsilon, iterations)
+        logits = scores / epsilon
         one_each = replace(split, counts=(1,) * split.world_size)
         for _ in range(iterations):
             log_sums = one_each.gather(logits.logsumexp(0, keepdim=True))
@@ -67,16 +70,22 @@ def _codes(scores: Tensor, epsilon: float, iterations: int, split: Shard) -> Ten
         return logits.exp()
 
 
-def _scaled_codes(kernel: Tensor, iterations: int) -> Tensor:
-    """The same by one factor a row and one a column, which takes one exponential an entry; writes over the kernel."""
+def _scaled_codes(scores: Tensor, high: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """The same by one factor a row and one a column, which takes one exponential an entry."""
+    codes = torch.empty_like(scores)
+    pieces = list(_rows.tiles(len(scores), max(1, _PIECE // scores.shape[1])))
+    for part in pieces:
+        torch.sub(scores[part], high, out=codes[part]).div_(epsilon).exp_()
     share = (
-        len(kernel) / kernel.shape[1]
+        len(codes) / codes.shape[1]
     )  # of a column; any number would do, but with others the factors drift apart
-    rows = kernel.new_ones(len(kernel))
+    rows = codes.new_ones(len(codes))
     for _ in range(iterations):
-        columns = share / (rows @ kernel)
-        rows = (kernel @ columns).reciprocal_()
-    return kernel.mul_(columns).mul_(rows[:, None])
+        columns = share / (rows @ codes)
+        rows = (codes @ columns).reciprocal_()
+    for part in pieces:
+        codes[part].mul_(columns).mul_(rows[part, None])
+    return codes
 
 
 def swav_loss(
@@ -150,14 +159,48 @@ def swav_loss(
     codes = _codes_of_crops([scores[crop] for crop in assignment_crops], queue, epsilon, iterations, split)
     if hard_codes:
         codes = [F.one_hot(each.argmax(1), each.shape[1]).to(each.dtype) for each in codes]
+    everybody = sum(codes[1:], codes[0])
     values = []
     for crop, given in enumerate(scores if predictions is None else predictions):
-        targets = [q for q, own in zip(codes, assignment_crops, strict=True) if own != crop]
-        if targets:
-            log_predictions = F.log_softmax(similarity.at_least_float32(given) / temperature, 1)
-            values.append(-similarity.row_products(sum(targets[1:], targets[0]), log_predictions))
+        others = [q for q, own in zip(codes, assignment_crops, strict=True) if own != crop]
+        if others:
+            target = everybody if len(others) == len(codes) else sum(others[1:], others[0])
+            rows = similarity.at_least_float32(given)
+            values.append(_cross_entropy(rows, target, temperature, len(others)))
     each = sum(values[1:], values[0]) / (len(assignment_crops) * (len(scores) - 1))
     return reduce(each, reduction, split=split)
+
+
+def _cross_entropy(scores: Tensor, target: Tensor, temperature: float | Tensor, mass: int) -> Tensor:
+    """-sum_k q_k log softmax_k(s / T) of each row, shape (N,), for constant targets q whose rows sum to ``mass``."""
+    if isinstance(temperature, Tensor) or torch.compiler.is_compiling():
+        return -similarity.row_products(target, F.log_softmax(scores / temperature, 1))
+    return _CrossEntropy.apply(scores, target, 1 / temperature, mass)  # type: ignore[no-any-return]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradient is made along with the value, some rows at a time: one exponential an entry, and one matrix kept."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, target: Tensor, scale: float, mass: int) -> Tensor:
+        values, residual = scores.new_empty(len(scores)), torch.empty_like(scores)
+        for part in _rows.tiles(len(scores), max(1, _PIECE // scores.shape[1])):
+            logits = scores[part] * scale
+            logits -= logits.amax(1, keepdim=True)
+            products = similarity.row_products(target[part], logits)
+            total = logits.exp_().sum(1, keepdim=True)
+            values[part] = mass * total.log()[:, 0] - products
+            torch.sub(logits.mul_(mass / total), target[part], out=residual[part])
+        ctx.save_for_backward(scores, target, residual)
+        ctx.scale, ctx.mass = scale, mass
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        scores, target, residual = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more
+            residual = ctx.mass * (scores * ctx.scale).softmax(1) - target
+        return (ctx.scale * gradients[0])[:, None] * residual, None, None, None
 
 
 def _codes_of_crops(
