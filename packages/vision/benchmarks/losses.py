@@ -4,10 +4,10 @@
 
 The published forms are written anew from the papers' formulas, with the operations that the published code is known to
 use (broadcast distances, masks rebuilt at every step, a loop over views); where no code can be run, as the formula
-reads. A step is forward and backward to the embeddings. Each repetition times ours and theirs one after the other, and
-a ratio is a median over repetitions. Values must agree before anything is timed. One thread; set OMP_NUM_THREADS for
-more. Peak memory is the high water of resident memory over a step, less what was resident before, in a process of its
-own. ``--write`` puts the table into RESULTS.md.
+reads. A step is forward and backward to the embeddings. Each repetition times all forms one after the other, in turns
+from another one on, and a ratio is a median over repetitions. Values must agree before anything is timed. One thread;
+set OMP_NUM_THREADS for more. Peak memory is the high water of resident memory over a step, less what was resident
+before, in a process of its own. ``--write`` puts the table into RESULTS.md.
 
 lightly takes part where it can be imported, and is no dependency; augmentation.py says how to have it.
 """
@@ -286,7 +286,10 @@ def times(case: Case, repetitions: int) -> dict[str, tuple[float, float]]:
     forms = {"ours": case.ours, "published": case.published, "lightly": case.lightly}
     taking_part = {name: loss for name, loss in forms.items() if loss is not None}
     step(case.ours, z)
-    rounds = [{name: seconds(loss, z) for name, loss in taking_part.items()} for _ in range(repetitions)]
+    rounds, order = [], list(taking_part)
+    for _ in range(repetitions):
+        rounds.append({name: seconds(taking_part[name], z) for name in order})
+        order.append(order.pop(0))  # what runs before leaves memory in one state or another
     return {
         name: (
             statistics.median(each[name] for each in rounds),
