@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cl_core.functional import prototype_nce_loss, sinkhorn, swav_loss
-from cl_core.losses import PrototypeNCELoss, SwAVLoss, clustering
+from cl_core.losses import PrototypeNCELoss, SwAVLoss, _codes
 from cl_core.memory import PrototypeBank
 from cl_core.testing import check_group
 
@@ -139,13 +139,13 @@ def test_codes_over_ranks_are_those_of_one_process(ranks):
 @pytest.mark.parametrize("iterations", [1, 3, 50])
 def test_codes_of_a_narrow_range_are_those_by_logarithms(seed, dtype, iterations, monkeypatch):
     """Up to the widest range that is taken without them."""
-    narrow = clustering._NARROW[dtype]
+    narrow = _codes._NARROW[dtype]
     for rows, prototypes in ((300, 40), (5, 900)):
         scores = cosines(rows, prototypes, seed).to(dtype)
         scores = (scores - scores.min()) / (scores.max() - scores.min()) * (0.999 * narrow * 0.05)
         found = sinkhorn(scores, iterations=iterations)
         with monkeypatch.context() as patched:
-            patched.setattr(clustering, "_NARROW", dict.fromkeys(clustering._NARROW, -1.0))
+            patched.setattr(_codes, "_NARROW", dict.fromkeys(_codes._NARROW, -1.0))
             expected = sinkhorn(scores, iterations=iterations)
         torch.testing.assert_close(found, expected, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-7)
         torch.testing.assert_close(found.sum(1), torch.ones(rows, dtype=dtype))

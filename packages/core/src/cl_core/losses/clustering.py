@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_core import _checks, _rows, similarity
+from cl_core import _checks, similarity
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 from cl_core.losses._base import PrototypeLoss, ScoresLoss
+from cl_core.losses._codes import balanced_codes, cross_entropy
 from cl_core.losses._common import check_rows, inverse, reduce
 
-# Of logits: so far apart that factors of rows and columns, and sums of thousands of rows, stay normal numbers.
-_NARROW = {torch.float32: 70.0, torch.float64: 600.0}
-_PIECE = 2**16  # entries of the scores that are worked on at once, so that they stay in the cache
 _UNIFORM = 0.98  # of the largest entropy
 _ONE_FOR_ALL = 0.5  # of the samples
 
@@ -51,41 +47,7 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, grou
     _check_sinkhorn(epsilon, iterations)
     check_rows(group, scores=scores)
     _check_size("scores", scores, epsilon=epsilon)
-    return _codes(scores, epsilon, iterations, shard(scores, group))
-
-
-def _codes(scores: Tensor, epsilon: float, iterations: int, split: Shard) -> Tensor:
-    with torch.no_grad():
-        scores = similarity.at_least_float32(scores)
-        alone = split.group is None and scores.device.type == "cpu" and not torch.compiler.is_compiling()
-        if alone:  # elsewhere to look at the range would be a message, or a wait for the device
-            low, high = scores.aminmax()
-            if float(high - low) <= _NARROW[scores.dtype] * epsilon:
-                return _scaled_codes(scores, high, epsilon, iterations)
-        logits = scores / epsilon
-        one_each = replace(split, counts=(1,) * split.world_size)
-        for _ in range(iterations):
-            log_sums = one_each.gather(logits.logsumexp(0, keepdim=True))
-            logits = (logits - log_sums.logsumexp(0)).log_softmax(1)
-        return logits.exp()
-
-
-def _scaled_codes(scores: Tensor, high: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """The same by one factor a row and one a column, which takes one exponential an entry."""
-    codes = torch.empty_like(scores)
-    pieces = list(_rows.tiles(len(scores), max(1, _PIECE // scores.shape[1])))
-    for part in pieces:
-        torch.sub(scores[part], high, out=codes[part]).div_(epsilon).exp_()
-    share = (
-        len(codes) / codes.shape[1]
-    )  # of a column; any number would do, but with others the factors drift apart
-    rows = codes.new_ones(len(codes))
-    for _ in range(iterations):
-        columns = share / (rows @ codes)
-        rows = (codes @ columns).reciprocal_()
-    for part in pieces:
-        codes[part].mul_(columns).mul_(rows[part, None])
-    return codes
+    return balanced_codes(scores, epsilon, iterations, shard(scores, group))
 
 
 def swav_loss(
@@ -166,41 +128,9 @@ def swav_loss(
         if others:
             target = everybody if len(others) == len(codes) else sum(others[1:], others[0])
             rows = similarity.at_least_float32(given)
-            values.append(_cross_entropy(rows, target, temperature, len(others)))
+            values.append(cross_entropy(rows, target, temperature, len(others)))
     each = sum(values[1:], values[0]) / (len(assignment_crops) * (len(scores) - 1))
     return reduce(each, reduction, split=split)
-
-
-def _cross_entropy(scores: Tensor, target: Tensor, temperature: float | Tensor, mass: int) -> Tensor:
-    """-sum_k q_k log softmax_k(s / T) of each row, shape (N,), for constant targets q whose rows sum to ``mass``."""
-    if isinstance(temperature, Tensor) or torch.compiler.is_compiling():
-        return -similarity.row_products(target, F.log_softmax(scores / temperature, 1))
-    return _CrossEntropy.apply(scores, target, 1 / temperature, mass)  # type: ignore[no-any-return]
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """The gradient is made along with the value, some rows at a time: one exponential an entry, and one matrix kept."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, target: Tensor, scale: float, mass: int) -> Tensor:
-        values, residual = scores.new_empty(len(scores)), torch.empty_like(scores)
-        for part in _rows.tiles(len(scores), max(1, _PIECE // scores.shape[1])):
-            logits = scores[part] * scale
-            logits -= logits.amax(1, keepdim=True)
-            products = similarity.row_products(target[part], logits)
-            total = logits.exp_().sum(1, keepdim=True)
-            values[part] = mass * total.log()[:, 0] - products
-            torch.sub(logits.mul_(mass / total), target[part], out=residual[part])
-        ctx.save_for_backward(scores, target, residual)
-        ctx.scale, ctx.mass = scale, mass
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        scores, target, residual = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated once more
-            residual = ctx.mass * (scores * ctx.scale).softmax(1) - target
-        return (ctx.scale * gradients[0])[:, None] * residual, None, None, None
 
 
 def _codes_of_crops(
@@ -208,7 +138,7 @@ def _codes_of_crops(
 ) -> list[Tensor]:
     """Codes of each assignment crop, balanced together with its queue."""
     if queue is None:
-        return [_codes(crop, epsilon, iterations, split) for crop in scores]
+        return [balanced_codes(crop, epsilon, iterations, split) for crop in scores]
     _check_sequence("queue", queue)
     if len(queue) != len(scores):
         raise ValueError(
@@ -224,7 +154,7 @@ def _codes_of_crops(
     together = [
         torch.cat([crop, earlier[part].to(crop.dtype)]) for crop, earlier in zip(wide, queue, strict=True)
     ]
-    return [_codes(rows, epsilon, iterations, split)[: len(scores[0])] for rows in together]
+    return [balanced_codes(rows, epsilon, iterations, split)[: len(scores[0])] for rows in together]
 
 
 def prototype_nce_loss(
