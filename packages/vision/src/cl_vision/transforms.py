@@ -213,8 +213,7 @@ class SimCLRTransform(BatchTransform):
         _check_size(size)
         _check_share("scale", scale)
         _check_probabilities(flip=flip, jitter_probability=jitter_probability, gray=gray, blur=blur)
-        if not 0 <= jitter <= 2.5:
-            raise ValueError(f"jitter must be in [0, 2.5] (hue is shifted by a fifth of it), got {jitter}.")
+        _check_jitter(jitter)
         if hue is not None and not 0 <= hue <= 0.5:
             raise ValueError(f"hue must be in [0, 0.5], got {hue}.")
         self.size, self.scale, self.flip, self.hue = size, scale, flip, hue
@@ -430,8 +429,7 @@ class InfoMinTransform(ViewTransform):
         _check_share("scale", scale)
         _check_probabilities(jitter_probability=jitter_probability, blur=blur, gray=gray)
         _checks.count("operations", operations, at_least=0)
-        if not 0 <= jitter <= 2.5:
-            raise ValueError(f"jitter must be in [0, 2.5] (hue is shifted by a fifth of it), got {jitter}.")
+        _check_jitter(jitter)
         if not 0 <= magnitude <= 10:
             raise ValueError(f"magnitude must be in [0, 10], got {magnitude}.")
         self.size, self.scale, self.jitter, self.jitter_probability = size, scale, jitter, jitter_probability
@@ -545,6 +543,11 @@ def _check_share(name: str, bounds: Range) -> None:
     low, high = bounds
     if not 0 < low <= high <= 1:
         raise ValueError(f"{name} must be two numbers with 0 < low <= high <= 1, got {tuple(bounds)}.")
+
+
+def _check_jitter(strength: float) -> None:
+    if not 0 <= strength <= 2.5:
+        raise ValueError(f"jitter must be in [0, 2.5] (hue is shifted by a fifth of it), got {strength}.")
 
 
 def _check_probabilities(**values: float) -> None:

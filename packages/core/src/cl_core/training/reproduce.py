@@ -233,13 +233,11 @@ def _run_cell(domain: Domain, arguments: list[str], run: RunFolder) -> None:
     write_atomically(asked, to_json(plan))
     if run.finished:
         return
-    if not run.config.is_file():
-        try:
-            fit_from(domain, [*arguments, "--run_dir", str(run.path)])
-            return
-        except FileExistsError:  # another process has begun it meanwhile
-            pass
-    fit_from(domain, ["--resume", str(run.path)])
+    begin, go_on = [*arguments, "--run_dir", str(run.path)], ["--resume", str(run.path)]
+    try:
+        fit_from(domain, go_on if run.config.is_file() else begin)
+    except FileExistsError:  # another process has begun it meanwhile
+        fit_from(domain, go_on)
 
 
 def _collect(grid: Grid, seeds: Sequence[int], folder: Path) -> list[dict[str, Any]]:
