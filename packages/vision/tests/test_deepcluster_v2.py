@@ -67,18 +67,19 @@ def test_embeddings_wait_in_the_bank_for_the_next_epoch():
     before = copy.deepcopy(method.state_dict())
     later = crops(2, rows=12, first=6)
     method(later)
-    changed = (method.bank != before["bank"]).any(2)
-    assert changed[:, 6:18].all()
-    assert not changed[:, :6].any()
-    assert not changed[:, 18:].any()
-    torch.testing.assert_close(method.bank[1, 6:18], project(method, later.views[1]).detach())
+    for crop, bank in enumerate(method.banks):
+        changed = (bank.embeddings != before[f"banks.{crop}._embeddings"]).any(1)
+        assert changed[6:18].all()
+        assert not changed[:6].any()
+        assert not changed[18:].any()
+        torch.testing.assert_close(bank.embeddings[6:18], project(method, later.views[crop]).detach())
     method.on_epoch_start(progress(0))  # as a resume inside the epoch may call it
     assert torch.equal(method.prototypes, before["prototypes"])
     method.on_epoch_start(progress(1))
     assert not torch.equal(method.prototypes, before["prototypes"])
-    in_evaluation = method.eval().bank.clone()
+    in_evaluation = method.eval().banks[0].embeddings.clone()
     method(crops(3))
-    assert torch.equal(method.bank, in_evaluation)
+    assert torch.equal(method.banks[0].embeddings, in_evaluation)
 
 
 def test_a_state_brings_its_bank_along():

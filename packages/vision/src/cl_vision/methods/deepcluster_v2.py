@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_core import _checks
 from cl_core._types import Group
 from cl_core.clustering import kmeans
 from cl_core.distributed import shard
 from cl_core.losses import PrototypeLoss
+from cl_core.memory import InstanceBank
 from cl_core.method import Method, Progress
 from cl_vision.encoders import Encoder
 from cl_vision.methods._parts import built, check_parts, check_views, project_crops
@@ -27,7 +28,7 @@ class DeepClusterV2(Method):
 
         cl-vision fit --config deepcluster-v2/digits
 
-    A bank holds the last embeddings of every image, of each of the crops that are clustered. Spherical k-means, once
+    A bank for each of the crops that are clustered holds the last embedding of every image. Spherical k-means, once
     for every head, makes prototypes of them, which no gradient moves. The first clustering is of the embeddings of the
     untrained network: in a loop of your own, call ``method.prepare(loader)`` once and ``on_epoch_start`` before each
     epoch.
@@ -50,10 +51,8 @@ class DeepClusterV2(Method):
     their cluster, ours keep their last embedding.
     """
 
-    unbroadcast: ClassVar[tuple[str, ...]] = ("bank", "seen", "assignments", "prototypes", "epoch")
-    """Buffers that are equal on all processes already."""
-    bank: Tensor
-    seen: Tensor
+    unbroadcast: ClassVar[tuple[str, ...]] = ("assignments", "prototypes", "epoch")
+    """Buffers that are equal on all processes already, as the banks are."""
     assignments: Tensor
     prototypes: Tensor
     epoch: Tensor
@@ -96,16 +95,19 @@ class DeepClusterV2(Method):
         """Loss of two or more crops, largest first, a scalar; takes embeddings into the bank."""
         check_views(self, batch)
         self._check_crops(batch)
+        images = self.assignments.shape[1]
         _checks.require(
-            (batch.index < len(self.seen)).all(),
-            f"DeepClusterV2 has clusters of {len(self.seen)} images, got one of a higher number: call "
-            "method.prepare(loader) with a loader over all images before training.",
+            (batch.index < images).all(),
+            f"DeepClusterV2 has clusters of {images} images, got one of a higher number: call method.prepare(loader) "
+            "with a loader over all images before training.",
         )
         crops = project_crops(self.encoder, self.projector, batch.views)
         clusters = self.assignments[:, batch.index].repeat(1, len(crops))
         loss = self.criterion(torch.cat(crops), list(self.heads), clusters.unbind())
         if self.training:
-            self._remember(batch.index, [crops[crop] for crop in self.assignment_crops])
+            for bank, crop in zip(self.banks, self.assignment_crops, strict=True):
+                bank.update(batch.index, crops[crop], group=self._group)
+                bank.embeddings  # noqa: B018 - no backward reads them, so they need not wait for the epoch's end
         return loss
 
     def embed(self, images: Tensor) -> Tensor:
@@ -135,14 +137,15 @@ class DeepClusterV2(Method):
                 module.training = mode
         if not rows:
             raise ValueError("batches must hold at least one batch, got none.")
-        all_index, *all_rows = _of_all_ranks(self._group, torch.cat(index), torch.cat(rows).unbind(1))
-        self._resize(int(all_index.max()) + 1)
-        self._write(all_index, all_rows)
+        own = torch.cat(index)
+        self._resize(int(shard(own, self._group).gather(own).max()) + 1)
+        for bank, crop in zip(self.banks, torch.cat(rows).unbind(1), strict=True):
+            bank.update(own, crop, group=self._group)
         self._cluster(epoch=0)
 
     def on_epoch_start(self, progress: Progress) -> None:
         """Cluster what the last epoch left in the bank, unless this epoch has its clusters."""
-        if len(self.seen) and self.epoch != progress.epoch:
+        if self.assignments.numel() and self.epoch != progress.epoch:
             self._cluster(progress.epoch)
 
     @property
@@ -158,7 +161,7 @@ class DeepClusterV2(Method):
 
     @torch.no_grad()
     def _cluster(self, epoch: int) -> None:
-        rows = self.seen.nonzero().squeeze(1)
+        rows = self.banks[0].seen.nonzero().squeeze(1)
         if len(rows) < max(self.num_prototypes):
             raise ValueError(
                 f"num_prototypes must be at most the number of images, {len(rows)}, got {max(self.num_prototypes)}."
@@ -166,10 +169,11 @@ class DeepClusterV2(Method):
         # Processes hold equal banks and share the work; the first one's random rows decide.
         split = shard(rows, self._group)
         own = rows[split.rank :: split.world_size]
-        where = shard(own, self._group).gather(own)
+        split = shard(own, self._group)
+        where = split.gather(own)
         self.assignments.fill_(-1)
         for head, (prototypes, clusters) in enumerate(zip(self.heads, self.assignments, strict=True)):
-            bank = self.bank[head % len(self.bank)]
+            bank = self.banks[head % len(self.banks)].embeddings
             found = kmeans(
                 bank[own],
                 len(prototypes),
@@ -181,39 +185,27 @@ class DeepClusterV2(Method):
                 group=self._group,
             )
             prototypes.copy_(found.centroids)
-            clusters[where] = shard(own, self._group).gather(found.assignments)
+            clusters[where] = split.gather(found.assignments)
         self.epoch.fill_(epoch)
 
     def _start(self, rows: Tensor, clusters: int) -> Tensor:
         """Rows of the bank that k-means starts from."""
         return rows[torch.randperm(len(rows))[:clusters].to(rows.device)]
 
-    @torch.no_grad()
-    def _remember(self, index: Tensor, crops: Sequence[Tensor]) -> None:
-        all_index, *rows = _of_all_ranks(self._group, index, crops)
-        self._write(all_index, rows)
-
-    def _write(self, index: Tensor, crops: Sequence[Tensor]) -> None:
-        for bank, rows in zip(self.bank, crops, strict=True):
-            bank[index] = rows.to(bank.dtype)
-        self.seen[index] = True
-
     def _resize(self, images: int) -> None:
-        like = self.prototypes
-        crops, heads = len(self.assignment_crops), len(self.num_prototypes)
-        self.register_buffer("bank", like.new_zeros(crops, images, like.shape[1]))
-        self.register_buffer("seen", torch.zeros(images, dtype=torch.bool, device=like.device))
+        like, heads = self.prototypes, len(self.num_prototypes)
+        options = {
+            "momentum": 0.0,
+            "dtype": like.dtype,
+            "generator": torch.Generator(),
+        }  # of rows not seen yet
+        banks = [InstanceBank(max(1, images), like.shape[1], **options) for _ in self.assignment_crops]
+        self.banks = nn.ModuleList(banks).to(like.device)
         start = torch.full((heads, images), -1, dtype=torch.int64, device=like.device)
         self.register_buffer("assignments", start)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        stored = state_dict.get(prefix + "seen")
-        if isinstance(stored, Tensor) and stored.ndim == 1 and len(stored) != len(self.seen):
-            self._resize(len(stored))
+        stored = state_dict.get(prefix + "assignments")
+        if isinstance(stored, Tensor) and stored.ndim == 2 and stored.shape[1] != self.assignments.shape[1]:
+            self._resize(stored.shape[1])  # before the banks load theirs
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _of_all_ranks(group: Group, index: Tensor, crops: Sequence[Tensor]) -> list[Tensor]:
-    """The index and the rows of each crop, of all ranks."""
-    split = shard(index, group)
-    return [split.gather(part.detach()) for part in (index, *crops)]
