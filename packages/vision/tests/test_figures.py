@@ -76,7 +76,14 @@ def test_steps_are_counted_in_whole_numbers(tmp_path, monkeypatch, last):
 
 
 def test_embedding_map_of_unlabelled_rows(tmp_path, blobs):
-    opened(figures.plot_embedding_map(tmp_path / "map.png", blobs[0], np.full(60, -1), projection="pca"))
+    pictures = [
+        opened(figures.plot_embedding_map(tmp_path / "map.png", blobs[0], labels, projection="pca"))
+        for labels in (np.full(60, -1), blobs[1])
+    ]
+    assert [bool((pixels.max(2) - pixels.min(2) > 60).any()) for pixels in pictures] == [
+        False,
+        True,
+    ]  # grey, colours
 
 
 def test_class_names_are_drawn_as_they_are(tmp_path, blobs):
@@ -92,11 +99,9 @@ def test_class_names_are_drawn_as_they_are(tmp_path, blobs):
 @pytest.mark.parametrize("projection", ["tsne", "pca"])
 @pytest.mark.parametrize("rows", [3, 40])
 def test_rows_that_are_all_the_same(tmp_path, projection, rows):
-    opened(
-        figures.plot_embedding_map(
-            tmp_path / "map.png", np.ones((rows, 4)), np.zeros(rows), projection=projection
-        )
-    )
+    path, labels = tmp_path / "map.png", np.zeros(rows)
+    pixels = opened(figures.plot_embedding_map(path, np.ones((rows, 4)), labels, projection=projection))
+    assert len(colours_of(pixels)) > 2  # points on the background, not an empty plane
 
 
 def test_large_maps_use_evenly_spaced_rows(tmp_path, monkeypatch):

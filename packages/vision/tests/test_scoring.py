@@ -65,9 +65,16 @@ def test_numbers_that_are_not_there_leave_gaps(tmp_path):
         "negative_variance": values["negative_mean"].copy(),
     }
     values["negative_variance"][:20] = np.nan
-    opened(score_figures.plot_score_curves(tmp_path / "curves.png", {"a": (steps, values)}))
-    given = [("1", (steps, values)), ("2", curves())]
-    opened(score_figures.plot_score_waterfall(tmp_path / "waterfall.png", "name", given))
+    path = tmp_path / "picture.png"
+    gaps, whole = (
+        opened(score_figures.plot_score_curves(path, {"a": given})) for given in ((steps, values), curves())
+    )
+    assert gaps.shape == whole.shape and not np.array_equal(gaps, whole)
+    gaps, whole = (
+        opened(score_figures.plot_score_waterfall(path, "name", [("1", given), ("2", curves())]))
+        for given in ((steps, values), curves())
+    )
+    assert gaps.shape == whole.shape and not np.array_equal(gaps, whole)
 
 
 @pytest.mark.parametrize("count", [1, 2, 40, 1000])
@@ -102,7 +109,9 @@ def test_scores_that_are_all_the_same(tmp_path):
     counts = np.zeros((2, 64), dtype=int)
     counts[:, 63] = 7
     nothing = np.zeros_like(counts)
-    opened(score_figures.plot_score_histograms(tmp_path / "h.png", {"a": ([1, 2], edges, counts, nothing)}))
+    path = tmp_path / "h.png"
+    drawn = opened(score_figures.plot_score_histograms(path, {"a": ([1, 2], edges, counts, nothing)}))
+    assert has(drawn, score_figures.KINDS["positive"])
     flat = {name: np.ones(5) for name in STATISTICS}
     opened(score_figures.plot_score_waterfall(tmp_path / "w.png", "x", [("1", (range(5), flat))]))
     one = {name: np.ones(1) for name in STATISTICS}
