@@ -159,12 +159,17 @@ class OtherData(TinyData):
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The tiny classes, findable as a module; the working directory is a fresh one."""
+    """The tiny classes, findable as a module; the working directory is a fresh one.
+
+    What a test derives from them and calls a class of that module is one no longer when the test ends, or commands of
+    later tests would look for it there among the subclasses of ours, until it is collected.
+    """
     module = types.ModuleType("tiny")
-    for thing in (
+    things = (
         *(TinyEncoder, TinyLoss, TinyMethod, TwoOptimisers, TakingTurns, TinyClassifier),
         *(TinyViews, TinyData, OtherData),
-    ):
+    )
+    for thing in things:
         monkeypatch.setattr(thing, "__module__", "tiny")
         setattr(module, thing.__name__, thing)
 
@@ -179,7 +184,11 @@ def tiny(monkeypatch, tmp_path):
     module.method, module.draw = method, draw
     monkeypatch.setitem(sys.modules, "tiny", module)
     monkeypatch.chdir(tmp_path)
-    return module
+    yield module
+    for thing in things:
+        for kind in thing.__subclasses__():
+            if kind.__module__ == "tiny" and kind not in things:
+                kind.__module__, kind.__qualname__ = __name__, f"tiny.<locals>.{kind.__name__}"
 
 
 @pytest.fixture
