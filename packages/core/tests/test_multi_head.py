@@ -525,6 +525,17 @@ def test_advice_when_temperatures_sit_at_the_floor(kind):
     assert advice.startswith("100 % of the temperatures of positive pairs are at min_temperature=0.05")
 
 
+@pytest.mark.parametrize("pooling", ["max", "lse"])
+def test_advice_when_all_rows_are_one(pooling):
+    z1, z2 = (0.05 * view + torch.ones_like(view) for view in views())
+    loss = AMCLLoss(WIDTH, pooling=pooling).double()
+    advice = loss.advice(loss.measures(z1, z2))
+    assert advice.endswith("milder views or a smaller learning rate.")
+    assert ('pooling="lse"' in advice) == (pooling == "max")
+    products = AMCLLoss(WIDTH, pooling=pooling, normalize=False).double()  # whose similarities are no cosines
+    assert products.advice(products.measures(z1, z2)) is None
+
+
 def test_advice_on_barlow_tells_the_sides_apart():
     loss = AMCLBarlowLoss(WIDTH)
     assert loss.advice(loss.measures(*views())) is None

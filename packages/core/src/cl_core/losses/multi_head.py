@@ -41,6 +41,7 @@ Pooling: TypeAlias = Literal["max", "lse"]
 """What stands for the negatives of an anchor: the most similar one, or the log-sum-exp over all."""
 
 _FLOOR = 0.01  # share of the range of temperatures, from the least one on, that counts as sitting there
+_ALIKE = 0.99  # mean cosine of hardest negatives, and of positives, beyond which all rows are one
 
 
 def amcl_loss(
@@ -386,6 +387,19 @@ class AMCLLoss(_PairwiseLoss, QueryKeyLoss):
             compared = lay_out(query, key, negatives, group=None, **options)
             positive = self._of_pairs("positive", compared.positive())
             return positive | self._of_pairs("negative", compared.hardest())
+
+    def advice(self, measures: Mapping[str, Tensor]) -> str | None:
+        """A sentence if all rows are one, else one if temperatures are at the least one."""
+        positive, negative = (float(measures.get(f"similarity_{side}", 0.0)) for side in ("positive", "negative"))
+        if self.normalize and min(positive, negative) > _ALIKE:
+            # Where views differ more than samples do, the hardest negative is more similar than the positive, and
+            # making all rows one lowers the loss to 0.
+            remedy = "" if self.pooling == "lse" else 'pooling="lse", which parts all negatives, '
+            return (
+                f"positives have a mean similarity of {positive:.4f} and hardest negatives of {negative:.4f}, so all "
+                f"rows are nearly one: take {remedy}milder views or a smaller learning rate."
+            )
+        return super().advice(measures)
 
 
 class AMCLSimSiamLoss(_PairwiseLoss, PredictionLoss):
