@@ -298,7 +298,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("pooling", ["max", "lse"])
 def test_no_matrix_of_all_pairs(pooling, monkeypatch):
-    monkeypatch.setattr(_heads, "_GRID_ENTRIES", 1 << 13)
+    monkeypatch.setattr(_heads, "_GRID_ENTRIES_CPU", 1 << 13)
     z1, z2 = (z.detach().float().requires_grad_() for z in views(600 if pooling == "max" else 100))
     with Largest() as largest:
         amcl_loss(z1, z2, heads=HEADS, temperature=network(), pooling=pooling).backward()
@@ -312,7 +312,7 @@ def test_pooling_some_anchors_at_a_time_changes_nothing(monkeypatch):
         results = []
         leaves = [z1, z2, *(tau.parameters() if isinstance(tau, PairTemperature) else [])]
         for entries in (1 << 20, 1):
-            monkeypatch.setattr(_heads, "_GRID_ENTRIES", entries)
+            monkeypatch.setattr(_heads, "_GRID_ENTRIES_CPU", entries)
             loss = amcl_loss(z1, z2, heads=HEADS, temperature=tau, pooling="lse")
             results.append((loss, *torch.autograd.grad(loss, leaves)))
         torch.testing.assert_close(*results)
@@ -320,7 +320,7 @@ def test_pooling_some_anchors_at_a_time_changes_nothing(monkeypatch):
 
 def test_a_function_that_draws_is_differentiated_as_it_drew(monkeypatch):
     """Also where the backward computes it again, one anchor at a time."""
-    monkeypatch.setattr(_heads, "_GRID_ENTRIES", 1)
+    monkeypatch.setattr(_heads, "_GRID_ENTRIES_CPU", 1)
     z1, z2 = (z.detach() for z in views(4))
 
     def loss(weight):

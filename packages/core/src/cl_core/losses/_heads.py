@@ -20,7 +20,8 @@ from cl_core.temperatures import PairTemperature
 Temperature: TypeAlias = float | Tensor | Callable[[Tensor, Tensor], Tensor]
 """One T > 0 for all pairs, or a function of anchors and others, stacks (C, N, d) both, giving (C, N)."""
 
-_GRID_ENTRIES = 1 << 23  # kept of the pairs of some anchors with all their negatives
+# Numbers kept of the pairs of some anchors with all their negatives: on a CPU no more than its caches hold.
+_GRID_ENTRIES, _GRID_ENTRIES_CPU = 1 << 23, 1 << 20
 
 
 class Rows(NamedTuple):
@@ -119,7 +120,8 @@ class Compared:
                 values = values.masked_fill(samples[0][part, None] == samples[1], -torch.inf)
             return values.logsumexp(2)
 
-        size = max(1, _GRID_ENTRIES // (heads * columns.shape[1] * entries))
+        budget = _GRID_ENTRIES_CPU if columns.device.type == "cpu" else _GRID_ENTRIES
+        size = max(1, budget // (heads * columns.shape[1] * entries))
         if count <= size:
             return on_part(slice(count))
         # Nothing of a part is kept: the backward computes it again, with the same random numbers where a caller's
