@@ -118,6 +118,23 @@ def test_score_statistics_equal_all_pairs(kind, tile):
             assert low - 1 / 2048 <= value <= low + 1 / 2048
 
 
+def test_overlap_is_what_the_two_distributions_share():
+    z1, z2 = views(2, rows=40)
+    statistics = score_statistics(z1, z2)
+    rows = unit(torch.cat([z1, z2]))
+    scores = (rows @ rows.T)[torch.ones(80, 80).triu(1).bool()]
+    positive = (unit(z1) * unit(z2)).sum(1)
+    everything = torch.histc(scores, bins=64, min=-1, max=1)
+    of_positive = torch.histc(positive, bins=64, min=-1, max=1)
+    expected = torch.minimum(of_positive / 40, (everything - of_positive) / (len(scores) - 40)).sum()
+    torch.testing.assert_close(statistics.overlap.double(), expected)
+    assert 0 < expected < 1
+    apart = torch.cat([torch.eye(3), torch.eye(3)])
+    assert score_statistics(apart, labels=torch.arange(6) % 3).overlap.item() == 0
+    assert score_statistics(torch.ones(4, 2), labels=torch.arange(4) % 2).overlap.item() == 1
+    assert score_statistics(torch.eye(3), labels=torch.arange(3)).overlap.isnan()
+
+
 def test_score_statistics_without_a_positive_pair():
     statistics = score_statistics(torch.eye(3), labels=torch.arange(3))
     assert statistics.positive.count.item() == 0

@@ -159,6 +159,15 @@ class ScoreStatistics:
     positive: ScoreSummary
     negative: ScoreSummary
 
+    @property
+    def overlap(self) -> Tensor:
+        """What the two distributions share, the sum over the 64 bins of the smaller share of pairs: 0 apart, 1 equal.
+
+        NaN without a pair of either kind.
+        """
+        shares = [kind.histogram / kind.count for kind in (self.positive, self.negative)]
+        return torch.minimum(*shares).sum()
+
 
 def score_statistics(
     z1: Tensor,

@@ -146,7 +146,12 @@ def test_of_several_views_the_first_two_are_measured(tiny, monkeypatch):
     known_as_tiny(monkeypatch, tiny, Three)
     result = run(tiny, method=Three(tiny.TinyEncoder(), CACRLoss()), epochs=1)
     measured = result.table[-1]
-    assert {"train/attraction", "train/positive_weight_entropy", "train/alignment"} <= measured.keys()
+    assert {
+        "train/attraction",
+        "train/positive_weight_entropy",
+        "train/alignment",
+        "train/similarity_overlap",
+    } <= measured.keys()
     assert "train/npc_factor" not in measured
 
 

@@ -390,7 +390,9 @@ class AMCLLoss(_PairwiseLoss, QueryKeyLoss):
 
     def advice(self, measures: Mapping[str, Tensor]) -> str | None:
         """A sentence if all rows are one, else one if temperatures are at the least one."""
-        positive, negative = (float(measures.get(f"similarity_{side}", 0.0)) for side in ("positive", "negative"))
+        positive, negative = (
+            float(measures.get(f"similarity_{side}", 0.0)) for side in ("positive", "negative")
+        )
         if self.normalize and min(positive, negative) > _ALIKE:
             # Where views differ more than samples do, the hardest negative is more similar than the positive, and
             # making all rows one lowers the loss to 0.

@@ -57,7 +57,7 @@ class KNNMonitor(pl.Callback):
 
 
 class Diagnostics(pl.Callback):
-    """Health of what the loss sees: alignment, uniformity, effective rank, similarities of pairs.
+    """Health of what the loss sees: alignment, uniformity, effective rank, similarities of pairs and their overlap.
 
     For losses with a temperature also the factor q by which InfoNCE's gradient shrinks (``train/npc_factor``), and what
     the loss itself measures. Reads the embeddings that the method hands to its ``criterion`` in the last batch of an
@@ -137,6 +137,7 @@ class Diagnostics(pl.Callback):
         pl_module.report("train/effective_rank", float(diagnostics.effective_rank(first)))
         pl_module.report("train/positive_similarity", float(scores.positive.mean))
         pl_module.report("train/negative_similarity", float(scores.negative.mean))
+        pl_module.report("train/similarity_overlap", float(scores.overlap))
         self._store(pl_module.steps_done, first, second)
 
     def _listen(self, module: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
