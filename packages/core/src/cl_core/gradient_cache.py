@@ -49,7 +49,7 @@ def gradient_cache(
         is the number of those to come.
 
     Raises:
-        ValueError: if there is no tower or no row, rows differ, or an encoder normalises over the batch or has a memory.
+        ValueError: if there is no tower or no row, rows differ, or an encoder looks at or remembers other rows.
 
     Cost: two forward passes and one backward pass of the encoders; memory of one chunk and of N D embeddings.
     Reference: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
