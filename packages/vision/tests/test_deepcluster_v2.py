@@ -10,7 +10,7 @@ from cl_core.functional import prototype_nce_loss
 from cl_core.losses import DCLLoss, PrototypeNCELoss
 from cl_core.method import Progress
 from cl_core.testing import Ranks
-from cl_core.training import Optimization, TrainerOptions, fit
+from cl_core.training import Monitoring, Optimization, TrainerOptions, fit
 from cl_vision.data import Digits, Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import DeepClusterV2
@@ -245,6 +245,25 @@ def test_the_engine_shows_it_the_data_first_and_a_resume_does_not(tmp_path, monk
     assert prepared == [images, images]
     for name, value in whole.method.state_dict().items():
         assert torch.equal(value, resumed.method.state_dict()[name]), name
+
+
+def test_a_moving_average_is_of_the_weights_and_leaves_bank_and_clusters_alone():
+    states = {}
+    for average in (None, 0.5):
+        torch.manual_seed(0)
+        encoder = SmallConvNet(2, in_channels=1)
+        method = DeepClusterV2(encoder, PrototypeNCELoss(), MLPProjector(hidden_dim=16, out_dim=8), (8, 8))
+        found = fit(
+            method,
+            Digits(batch_size=512, image_size=8, validation=0.0),
+            trainer=TrainerOptions(max_epochs=2, accelerator="cpu", progress_bar=False),
+            monitor=Monitoring(moving_average=average),
+        )
+        states[average] = found.method.state_dict()
+    kept = {"assignments", "prototypes", "epoch"}
+    for name, value in states[None].items():
+        same = torch.equal(value, states[0.5][name])
+        assert same == (name in kept or name.startswith("banks.") or name.endswith("batches_tracked")), name
 
 
 def test_a_loader_over_all_images_prepares():
