@@ -42,8 +42,8 @@ class DeepClusterV2(Method):
         assignment_crops: crops whose embeddings are clustered, one after the other by the heads in turn.
         kmeans_iterations: passes of k-means, from random rows.
 
-    Cost: the bank, 4 bytes times images, crops and columns, in memory and in checkpoints (1.3 GB for a million images),
-    on each process.
+    Cost: the banks, 4 bytes times images, crops and columns (1 GB for a million images, two crops and 128 columns), in
+    memory on each process and in checkpoints and exports; a few times as much in memory while ``prepare`` fills them.
     Reference: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS
     2020, arXiv 2006.09882, section 4. The authors' code makes the first embeddings in training mode, with the
     statistics of batches; these are made in evaluation mode. A bank row belongs to an image, where theirs belong to
