@@ -78,14 +78,19 @@ def test_equal_scores_give_uniform_codes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_large_scores_of_any_type_stay_finite(dtype):
-    scores = (1e4 * cosines(9, 4)).to(dtype)
+@pytest.mark.parametrize("scale", [0.2, 1e4])
+def test_scores_of_any_type_and_size_have_codes_in_float32(dtype, scale):
+    """Autocast or not, by factors or by logarithms."""
+    scores = (scale * cosines(9, 4)).to(dtype)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             codes = sinkhorn(scores, epsilon=0.01)
         assert codes.dtype == torch.float32
         torch.testing.assert_close(
-            codes, sinkhorn(scores.double(), epsilon=0.01).float(), rtol=1e-2, atol=1e-6
+            codes,
+            sinkhorn(scores.double(), epsilon=0.01).float(),
+            rtol=1e-2 if scale > 1 else 1e-5,
+            atol=1e-6,
         )
         torch.testing.assert_close(codes.sum(1), torch.ones(9))
 
@@ -114,6 +119,23 @@ def test_scores_up_to_the_limit_stay_finite_and_beyond_it_are_refused(epsilon):
             with pytest.raises(ValueError, match=r"^scores\[0\] must be .* divided by temperature"):
                 swav_loss(scores, scores, epsilon=epsilon, temperature=temperature)
     assert sinkhorn(1.001 * scores.double(), epsilon=epsilon).isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1.2e-38), (torch.float64, 2.3e-308)])
+def test_divisors_without_an_inverse_are_refused(dtype, least):
+    equal = torch.zeros(3, 4, dtype=dtype)
+    torch.testing.assert_close(sinkhorn(equal, epsilon=least), torch.full_like(equal, 0.25))
+    assert swav_loss(equal, equal, temperature=least).item() == pytest.approx(math.log(4))
+    with pytest.raises(ValueError, match=r"epsilon must be at least \d\.\d+e-\d+, got 1e-310"):
+        sinkhorn(equal, epsilon=1e-310)
+    with pytest.raises(ValueError, match=r"temperature must be at least \d\.\d+e-\d+, got 1e-310"):
+        swav_loss(equal, equal, temperature=1e-310)
+
+
+def test_a_queue_of_a_longer_type_is_checked_as_what_it_becomes():
+    scores, queue = torch.zeros(3, 4), torch.full((5, 4), 1e39, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"queue\[1\] must be at most 4e\+37 .* divided by epsilon"):
+        swav_loss(scores, scores, queue=[queue / 1e39, queue])
 
 
 def test_codes_are_constants_and_scores_stay():
@@ -183,6 +205,20 @@ def test_hard_codes_name_one_prototype_each(seed):
         SwAVLoss(hard_codes=1)
 
 
+@pytest.mark.parametrize(("crops", "queue"), [(2, None), (4, None), (2, 5)])
+def test_one_matrix_a_crop_is_kept_for_the_backward(crops, queue):
+    """Beside the scores: what the codes were made with, and they themselves, is not."""
+    scores = [cosines(7, 4, v).requires_grad_() for v in range(crops)]
+    queue = None if queue is None else [cosines(queue, 4, v) for v in (8, 9)]
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        swav_loss(*scores, queue=queue)
+    sizes = [t.untyped_storage().nbytes() // t.element_size() for t in kept.values()]
+    assert [size for size in sizes if size > 7] == [7 * 4] * 2 * crops
+
+
 def test_small_crops_predict_and_give_no_codes():
     large, small = [cosines(6, 4, v) for v in range(2)], cosines(6, 4, 2).requires_grad_()
     (gradient,) = torch.autograd.grad(swav_loss(*large, small), small)
@@ -233,8 +269,10 @@ def test_a_queue_that_all_ranks_hold_counts_once(ranks):
     [
         ({"assignment_crops": ()}, "assignment_crops must name"),
         ({"assignment_crops": (0, 0)}, "assignment_crops must name"),
+        ({"assignment_crops": ([0],)}, "assignment_crops must be an integer, got list"),
         ({"assignment_crops": torch.arange(2)}, "assignment_crops must be a sequence of numbers, got Tensor"),
         ({"queue": 3}, "queue must be a tensor or a sequence of tensors, got int"),
+        ({"queue": torch.tensor(3.0)}, "queue must be a tensor or a sequence of tensors, got Tensor"),
         ({"assignment_crops": (0, 2)}, "scores must be at least 3 tensors"),
         ({"assignment_crops": (-1,)}, "assignment_crops must be at least 0"),
         ({"epsilon": 0.0}, "epsilon must be"),

@@ -6,6 +6,7 @@ from torch import nn
 
 from cl_core.gradient_cache import gradient_cache, method_gradient_cache
 from cl_core.losses import NTXentLoss
+from cl_core.memory import FeatureQueue
 from cl_core.method import Method
 
 
@@ -179,3 +180,18 @@ def test_bad_input_is_refused():
 
     with pytest.raises(ValueError, match="Adds cannot be trained with a gradient cache"):
         method_gradient_cache(Adds(net, LearnableLoss()), {"views": [x, x]}, chunk_size=2)
+
+    class Remembers(Tiny):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            self.queue = FeatureQueue(8, 4)
+
+    with pytest.raises(ValueError, match="must not be remembered on the way, got FeatureQueue 'queue'"):
+        method_gradient_cache(Remembers(net, LearnableLoss()), {"views": [x, x]}, chunk_size=2)
+
+    class TellsMore(Tiny):
+        def loss(self, batch):
+            return self.criterion(self.encoder(batch["views"][0]), queue=batch["views"])
+
+    with pytest.raises(ValueError, match=r"a criterion of embeddings .* only, got something else"):
+        method_gradient_cache(TellsMore(net, LearnableLoss()), {"views": [x, x]}, chunk_size=2)

@@ -116,6 +116,13 @@ def test_samples_made_together_are_a_sequence_of_samples(images):
     assert same_views(loaded, collate_views([data[index] for index in range(12)]))
 
 
+def test_views_need_a_transform_that_draws_from_seeds_and_their_number(images):
+    with pytest.raises(TypeError, match=r"transform must be a ViewTransform, got Identity: wrap a pipeline"):
+        ViewDataset(images, torch.nn.Identity())
+    with pytest.raises(TypeError, match=r"num_views must be an integer, got float\."):
+        ViewDataset(images, SimCLRTransform(8), num_views=2.0)
+
+
 def test_a_pipeline_of_ones_own_goes_image_by_image(images):
     def ragged(image):
         return image[:, : 2 + int(torch.randint(8, ()))]

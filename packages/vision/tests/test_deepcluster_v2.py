@@ -10,7 +10,7 @@ from cl_core.functional import prototype_nce_loss
 from cl_core.losses import DCLLoss, PrototypeNCELoss
 from cl_core.method import Progress
 from cl_core.testing import Ranks
-from cl_core.training import Optimization, TrainerOptions, fit
+from cl_core.training import Monitoring, Optimization, TrainerOptions, fit
 from cl_vision.data import Digits, Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import DeepClusterV2
@@ -98,6 +98,15 @@ def test_images_without_a_cluster_do_not_count():
     torch.testing.assert_close(method.eval()(few), method(without))
 
 
+def test_an_image_without_an_embedding_of_each_crop_has_no_cluster():
+    method = deepcluster()
+    method.prepare([crops()])
+    method.banks[1]._seen[3] = False  # as of a row of zeros
+    method.on_epoch_start(progress(1))
+    assert (method.assignments[:, 3] == -1).all()
+    assert (method.assignments[:, 4:] >= 0).all()
+
+
 def test_prototypes_do_not_move_and_no_gradient_reaches_them():
     method = deepcluster()
     method.prepare([crops()])
@@ -111,6 +120,8 @@ def test_bad_use_gets_one_sentence():
         deepcluster(DCLLoss())
     with pytest.raises(ValueError, match="num_prototypes must hold at least one number, got none"):
         deepcluster(num_prototypes=())
+    with pytest.raises(TypeError, match="num_prototypes must be a sequence of numbers, got int"):
+        deepcluster(num_prototypes=5)
     with pytest.raises(ValueError, match="num_prototypes must be at most the number of images, 24, got 25"):
         deepcluster(num_prototypes=(25,)).prepare([crops()])
     with pytest.raises(
@@ -120,7 +131,7 @@ def test_bad_use_gets_one_sentence():
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         deepcluster().prepare([])
     with pytest.raises(
-        ValueError, match=r"clusters crops \[0, 4\], counted from 0, got 3 of them: pass --data.num_views 5"
+        ValueError, match=r"needs crops \[0, 4\], counted from 0, got 3 of them: pass --data.num_views 5"
     ):
         deepcluster(assignment_crops=(0, 4)).prepare([crops()])
     method = deepcluster()
@@ -161,6 +172,9 @@ def on_a_rank(group, batches):
         with pytest.raises(ValueError, match="loss must have a group where several processes train"):
             method.prepare([part(batches[0])])
         method.criterion.group = group
+        message = "at least one batch, got none" if rank else r"valid arguments, got others on ranks \[1\]"
+        with pytest.raises(ValueError, match=message):
+            method.prepare([] if rank else [part(batches[0])])
     torch.manual_seed(5)
     method.prepare([part(batches[0])])
     losses = []
@@ -231,6 +245,25 @@ def test_the_engine_shows_it_the_data_first_and_a_resume_does_not(tmp_path, monk
     assert prepared == [images, images]
     for name, value in whole.method.state_dict().items():
         assert torch.equal(value, resumed.method.state_dict()[name]), name
+
+
+def test_a_moving_average_is_of_the_weights_and_leaves_bank_and_clusters_alone():
+    states = {}
+    for average in (None, 0.5):
+        torch.manual_seed(0)
+        encoder = SmallConvNet(2, in_channels=1)
+        method = DeepClusterV2(encoder, PrototypeNCELoss(), MLPProjector(hidden_dim=16, out_dim=8), (8, 8))
+        found = fit(
+            method,
+            Digits(batch_size=512, image_size=8, validation=0.0),
+            trainer=TrainerOptions(max_epochs=2, accelerator="cpu", progress_bar=False),
+            monitor=Monitoring(moving_average=average),
+        )
+        states[average] = found.method.state_dict()
+    kept = {"assignments", "prototypes", "epoch"}
+    for name, value in states[None].items():
+        same = torch.equal(value, states[0.5][name])
+        assert same == (name in kept or name.startswith("banks.") or name.endswith("batches_tracked")), name
 
 
 def test_a_loader_over_all_images_prepares():

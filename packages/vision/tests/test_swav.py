@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cl_core.functional import swav_loss
+from cl_core.gradient_cache import method_gradient_cache
 from cl_core.losses import SwAVLoss
 from cl_core.method import Progress
 from cl_core.testing import Ranks
@@ -89,6 +90,10 @@ def test_prototypes_stay_frozen_then_move_and_keep_unit_length():
     step(method, crops(3), 3)
     assert (method.prototypes - before).abs().max() > 1e-4
     torch.testing.assert_close(method.prototypes.norm(dim=1), torch.ones(6))
+    for done, still in ((4, True), (5, False)):  # a limit of 6 steps does not shorten epochs of 10
+        method(crops()).backward()
+        method.before_step(Progress(done, 6, 0, 1, 10))
+        assert (method.prototypes.grad is None) == still
 
 
 def test_queue_fills_from_its_epoch_and_acts_when_full():
@@ -106,6 +111,16 @@ def test_queue_fills_from_its_epoch_and_acts_when_full():
     assert not math.isclose(plain(crops(9)).item(), method(crops(9)).item(), rel_tol=1e-5)
     rows = unit(method.projector(method.encoder(crops(9).views[1])))
     torch.testing.assert_close(method.queues[1].embeddings[:8], rows.detach())
+
+
+def test_a_training_that_begins_has_an_empty_queue():
+    """As after weights of another one were loaded, long before the queue is filled."""
+    method = swav(queue_size=8)
+    method(crops())
+    method.on_fit_start(Progress(3, 10, 0, 2))
+    assert [queue.filled for queue in method.queues] == [8, 8]
+    method.on_fit_start(Progress(0, 10, 0, 2))
+    assert [queue.filled for queue in method.queues] == [0, 0]
 
 
 def test_queue_is_left_alone_in_evaluation():
@@ -152,6 +167,10 @@ def test_bad_parts_get_one_sentence():
         swav(freeze_epochs=-1.0)
     with pytest.raises(ValueError, match="compares views, so a batch needs at least 2"):
         swav()(crops(sizes=(8,)))
+    with pytest.raises(
+        ValueError, match=r"needs crops \[0, 2\], counted from 0, got 2 of them: pass --data.num_views 3"
+    ):
+        swav(SwAVLoss(assignment_crops=(0, 2)))(crops(sizes=(8, 8)))
 
 
 def test_extrapolated_embeddings_predict_and_give_no_codes():
@@ -167,6 +186,20 @@ def test_extrapolated_embeddings_predict_and_give_no_codes():
     torch.testing.assert_close(found, swav_loss(*scores, predictions=predictions))
     torch.testing.assert_close(method.queues[0].embeddings, rows[0].detach())
     torch.testing.assert_close(swav(positive=positive).eval()(batch), swav_loss(*scores))
+
+
+def test_a_gradient_cache_is_exact_without_a_queue_and_refused_with_one():
+    method, batch = swav(), crops()
+    method(batch).backward()
+    expected = [p.grad.clone() for p in method.parameters()]
+    method.zero_grad()
+    value, portions = method_gradient_cache(method, batch, chunk_size=3)
+    for portion in portions:
+        portion.backward()
+    torch.testing.assert_close(value, method(batch).detach())
+    torch.testing.assert_close([p.grad for p in method.parameters()], expected)
+    with pytest.raises(ValueError, match=r"must not be remembered on the way, got FeatureQueue 'queues\.0'"):
+        method_gradient_cache(swav(queue_size=16), batch, chunk_size=3)
 
 
 def test_half_precision_makes_codes_in_full():

@@ -559,6 +559,8 @@ def test_infomin_without_its_operations_is_a_jittered_crop(photograph):
         ({"operations": -1}, "operations must be at least 0, got -1"),
         ({"jitter": 3.0}, r"jitter must be in \[0, 2.5\]"),
         ({"scale": (0.0, 1.0)}, "scale must be two numbers"),
+        ({"scale": (0.2,)}, r"scale must be two numbers .* got \(0\.2,\)"),
+        ({"scale": 0.5}, r"scale must be two numbers .* got 0\.5"),
     ],
 )
 def test_infomin_refuses_what_it_cannot_do(options, sentence):

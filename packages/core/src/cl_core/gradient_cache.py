@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from cl_core import _checks
+from cl_core.memory._base import Memory
 from cl_core.method import Method
 
 Encoder = Callable[[Any], Tensor]
@@ -36,7 +37,7 @@ def gradient_cache(
     The sum of the portions' gradients is the gradient of ``loss(encoder(view1), encoder(view2))``, for the weights
     of the encoders and the parameters of the loss. The random state of each chunk is replayed, so that dropout
     masks agree, and so is autocast. Rows must not see one another in the encoder: batch normalisation in training mode
-    is refused.
+    is refused, and so are memories, which would take in each row twice.
 
     Args:
         loss: called once, with one (N, D) tensor a tower; a module's own parameters get their gradient.
@@ -48,7 +49,7 @@ def gradient_cache(
         is the number of those to come.
 
     Raises:
-        ValueError: if there is no tower or no row, rows differ, or an encoder normalises over the batch.
+        ValueError: if there is no tower or no row, rows differ, or an encoder looks at or remembers other rows.
 
     Cost: two forward passes and one backward pass of the encoders; memory of one chunk and of N D embeddings.
     Reference: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
@@ -118,8 +119,8 @@ def method_gradient_cache(method: Method, batch: Any, *, chunk_size: int) -> tup
         As :func:`gradient_cache`.
 
     Raises:
-        ValueError: if the method adds to its criterion or does not call it exactly once, or normalises over
-            the batch.
+        ValueError: if the method adds to its criterion or does not call it exactly once, normalises over the
+            batch, or has a memory.
     """
     _checks.count("chunk_size", chunk_size)
     check_rows_are_alone(method)
@@ -161,8 +162,9 @@ class _StandIn(nn.Module):
         self.calls: list[tuple[Tensor, ...]] = []
         self.returned: Tensor | None = None
 
-    def forward(self, *embeddings: Tensor) -> Tensor:
-        if any(not isinstance(z, Tensor) or z.ndim != 2 for z in embeddings):
+    def forward(self, *embeddings: Tensor, **options: Any) -> Tensor:
+        others = [option for option in options.values() if option is not None]
+        if others or any(not isinstance(z, Tensor) or z.ndim != 2 for z in embeddings):
             raise ValueError(
                 "a gradient cache needs a criterion of embeddings (N, D) only, got something else."
             )
@@ -226,8 +228,13 @@ class _Pass:
 
 
 def check_rows_are_alone(module: nn.Module) -> None:
-    """Refuse a module that normalises over the batch it is trained on."""
+    """Refuse a module that normalises over the batch it is trained on, or remembers rows of it."""
     for name, child in module.named_modules():
+        if isinstance(child, Memory):
+            raise ValueError(
+                "a gradient cache encodes each chunk twice, so its rows must not be remembered on the way, got "
+                f"{type(child).__name__} {name!r}."
+            )
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
             raise ValueError(
                 f"a gradient cache encodes chunks, so rows must not see one another, got {type(child).__name__} "

@@ -18,13 +18,20 @@ class Progress:
         step: optimiser steps done.
         total_steps: optimiser steps of the whole training.
         epoch: number of the running epoch, from 0.
-        total_epochs: epochs of the whole training.
+        total_epochs: epochs of the whole training, of which a limit of steps may cut the last one short.
+        epoch_steps: optimiser steps of a whole epoch; None where no epoch is cut short.
     """
 
     step: int
     total_steps: int
     epoch: int
     total_epochs: int
+    epoch_steps: int | None = None
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps of a whole epoch: what lengths in epochs are multiplied by."""
+        return self.epoch_steps or self.total_steps / max(1, self.total_epochs)
 
     @property
     def fraction(self) -> float:

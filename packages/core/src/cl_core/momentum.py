@@ -58,19 +58,8 @@ class ExponentialMovingAverage(nn.Module):
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}.")
         ours, theirs = dict(_state(self.module)), dict(_state(model))
         _check_same_structure(ours, theirs)
-        if momentum == 1:
-            return
-        averaged: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-        for name, target in ours.items():
-            source = theirs[name].to(target)
-            if momentum > 0 and (target.is_floating_point() or target.is_complex()):
-                targets, sources = averaged.setdefault((target.dtype, target.device), ([], []))
-                targets.append(target)
-                sources.append(source)
-            else:
-                target.copy_(source)
-        for targets, sources in averaged.values():
-            torch._foreach_lerp_(targets, sources, 1 - momentum)
+        if momentum < 1:
+            _follow(ours, theirs, momentum)
 
 
 def cosine_momentum(base: float, fraction: float) -> float:
@@ -94,6 +83,22 @@ def cosine_momentum(base: float, fraction: float) -> float:
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {value}.")
     return 1 - (1 - base) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+@torch.no_grad()
+def _follow(ours: dict[str, Tensor], theirs: dict[str, Tensor], momentum: float) -> None:
+    """Move tensors towards those of the same name, numbers that are not floating all the way."""
+    averaged: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for name, target in ours.items():
+        source = theirs[name].to(target)
+        if momentum > 0 and (target.is_floating_point() or target.is_complex()):
+            targets, sources = averaged.setdefault((target.dtype, target.device), ([], []))
+            targets.append(target)
+            sources.append(source)
+        else:
+            target.copy_(source)
+    for targets, sources in averaged.values():
+        torch._foreach_lerp_(targets, sources, 1 - momentum)
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

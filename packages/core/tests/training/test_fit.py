@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -243,6 +244,11 @@ def test_max_steps_counts_optimiser_steps(tiny, kind, steps):
     result = run(tiny, getattr(tiny, kind), trainer=options)
     assert result.metrics["steps"] == steps
     assert result.table[-1]["step"] == steps
+    progress = [progress for name, progress in result.method.calls if name == "step"]
+    # 5 batches an epoch
+    assert {(p.total_steps, p.total_epochs, p.steps_per_epoch) for p in progress} == {
+        (steps, math.ceil(steps / 5), 5)
+    }
 
 
 # 5 batches an epoch: before the first save, in the middle, at the last batch of an epoch, after an epoch.

@@ -44,6 +44,14 @@ def test_steps_fall_at_their_epochs():
     assert found == [1.0] * 8 + [0.5] * 10 + [0.25] * 3
 
 
+def test_a_limit_of_steps_leaves_the_length_of_epochs_alone():
+    """Six steps, of epochs of four."""
+    warm = Optimization(warmup_epochs=1)
+    assert [warm.factor(Progress(s, 6, s // 4, 2, 4)) for s in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    falling = Optimization(schedule="step", milestones=(1,))
+    assert [falling.factor(Progress(s, 6, s // 4, 2, 4)) for s in range(6)] == [1.0] * 4 + [0.1] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW"), ("lars", "Lars")]
 )

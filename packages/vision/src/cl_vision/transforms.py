@@ -540,9 +540,9 @@ def _check_size(size: int) -> None:
 
 
 def _check_share(name: str, bounds: Range) -> None:
-    low, high = bounds
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"{name} must be two numbers with 0 < low <= high <= 1, got {tuple(bounds)}.")
+    two = isinstance(bounds, Sequence) and len(bounds) == 2
+    if not (two and 0 < bounds[0] <= bounds[1] <= 1):
+        raise ValueError(f"{name} must be two numbers with 0 < low <= high <= 1, got {bounds!r:.40}.")
 
 
 def _check_jitter(strength: float) -> None:

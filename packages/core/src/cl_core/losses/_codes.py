@@ -25,7 +25,8 @@ def balanced_codes(scores: Tensor, epsilon: float, iterations: int, split: Shard
         if alone:  # elsewhere to look at the range would be a message, or a wait for the device
             low, high = scores.aminmax()
             if float(high - low) <= _NARROW[scores.dtype] * epsilon:
-                return _scaled_codes(scores, high, epsilon, iterations)
+                with torch.autocast("cpu", enabled=False):  # which would round the products
+                    return _scaled_codes(scores, high, epsilon, iterations)
         logits = scores / epsilon
         one_each = replace(split, counts=(1,) * split.world_size)
         for _ in range(iterations):
@@ -40,9 +41,8 @@ def _scaled_codes(scores: Tensor, high: Tensor, epsilon: float, iterations: int)
     pieces = list(_rows.tiles(len(scores), max(1, _PIECE // scores.shape[1])))
     for part in pieces:
         torch.sub(scores[part], high, out=codes[part]).div_(epsilon).exp_()
-    share = (
-        len(codes) / codes.shape[1]
-    )  # of a column; any number would do, but with others the factors drift apart
+    # Of a column; any number would do, but with others the factors drift apart.
+    share = len(codes) / codes.shape[1]
     rows = codes.new_ones(len(codes))
     for _ in range(iterations):
         columns = share / (rows @ codes)
@@ -52,33 +52,41 @@ def _scaled_codes(scores: Tensor, high: Tensor, epsilon: float, iterations: int)
     return codes
 
 
-def cross_entropy(scores: Tensor, target: Tensor, temperature: float | Tensor, mass: int) -> Tensor:
-    """-sum_k q_k log softmax_k(s / T) of each row, shape (N,), for constant targets q whose rows sum to ``mass``."""
+def cross_entropy(
+    scores: Tensor, target: Tensor, temperature: float | Tensor, mass: int, *, spent: bool
+) -> Tensor:
+    """-sum_k q_k log softmax_k(s / T) of each row, shape (N,), for constant targets q whose rows sum to ``mass``.
+
+    A target that is ``spent`` is wanted no more: it may be written over.
+    """
     if isinstance(temperature, Tensor) or torch.compiler.is_compiling():
         return -similarity.row_products(target, F.log_softmax(scores / temperature, 1))
-    return _CrossEntropy.apply(scores, target, 1 / temperature, mass)  # type: ignore[no-any-return]
+    residual = target if spent else torch.empty_like(target)
+    return _CrossEntropy.apply(scores, target, residual, 1 / temperature, mass)  # type: ignore[no-any-return]
 
 
 class _CrossEntropy(torch.autograd.Function):
     """The gradient is made along with the value, some rows at a time: one exponential an entry, and one matrix kept."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, target: Tensor, scale: float, mass: int) -> Tensor:
-        values, residual = scores.new_empty(len(scores)), torch.empty_like(scores)
+    def forward(
+        ctx: Any, scores: Tensor, target: Tensor, residual: Tensor, scale: float, mass: int
+    ) -> Tensor:
+        products, totals = scores.new_empty(len(scores)), scores.new_empty(len(scores), 1)
         for part in _rows.tiles(len(scores), max(1, _PIECE // scores.shape[1])):
             logits = scores[part] * scale
             logits -= logits.amax(1, keepdim=True)
-            products = similarity.row_products(target[part], logits)
-            total = logits.exp_().sum(1, keepdim=True)
-            values[part] = mass * total.log()[:, 0] - products
-            torch.sub(logits.mul_(mass / total), target[part], out=residual[part])
-        ctx.save_for_backward(scores, target, residual)
+            products[part] = similarity.row_products(target[part], logits)
+            torch.sum(logits.exp_(), 1, keepdim=True, out=totals[part])
+            torch.sub(logits.mul_(mass / totals[part]), target[part], out=residual[part])
+        ctx.save_for_backward(scores, residual)
         ctx.scale, ctx.mass = scale, mass
-        return values
+        return mass * totals[:, 0].log() - products
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        scores, target, residual = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated once more
-            residual = ctx.mass * (scores * ctx.scale).softmax(1) - target
-        return (ctx.scale * gradients[0])[:, None] * residual, None, None, None
+        scores, residual = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more: a softmax, less a constant
+            softmax = ctx.mass * (scores * ctx.scale).softmax(1)
+            residual = softmax + (residual - softmax.detach())
+        return (ctx.scale * gradients[0])[:, None] * residual, None, None, None, None

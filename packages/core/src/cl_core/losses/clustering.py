@@ -30,7 +30,7 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, grou
     Args:
         scores: similarities of samples with prototypes, shape (N, K); divided by epsilon at most 4e37 in absolute
             value (in float64, 2e307).
-        epsilon: > 0; small values make codes hard.
+        epsilon: >= 1.2e-38 (in float64, 2.2e-308); small values make codes hard.
         iterations: >= 1.
         group: process group over which the samples are spread.
 
@@ -38,7 +38,7 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3, grou
         Shape (N, K), float32 for half inputs.
 
     Raises:
-        ValueError: if scores are empty, not finite or too large, epsilon <= 0 or iterations < 1.
+        ValueError: if scores are empty, not finite or too large, epsilon is too small or iterations < 1.
 
     Cost: O(iterations N K) time, O(N K) memory; with a group one message of K numbers a rank and iteration.
     Reference: Cuturi, "Sinkhorn Distances", NeurIPS 2013, arXiv 1306.0895, as used by Caron et al., NeurIPS 2020, arXiv
@@ -81,7 +81,7 @@ def swav_loss(
         epsilon: of :func:`sinkhorn`.
         iterations: of :func:`sinkhorn`.
         hard_codes: 1 for the prototype with the largest code, 0 for all others, in place of the codes.
-        temperature: T > 0 of the predictions; a 0-d tensor receives a gradient.
+        temperature: T >= 1.2e-38 (in float64, 2.2e-308) of the predictions; a 0-d tensor receives a gradient.
         reduction: "mean" over the N samples, "sum", or "none" for shape (N,).
         group: process group over which the batch is spread: codes are balanced over all its rows.
 
@@ -121,14 +121,23 @@ def swav_loss(
     codes = _codes_of_crops([scores[crop] for crop in assignment_crops], queue, epsilon, iterations, split)
     if hard_codes:
         codes = [F.one_hot(each.argmax(1), each.shape[1]).to(each.dtype) for each in codes]
-    everybody = sum(codes[1:], codes[0])
+    # Of which codes each crop predicts the sum: small crops have one in common.
+    wanted = [
+        tuple(place for place, own in enumerate(assignment_crops) if own != crop)
+        for crop in range(len(scores))
+    ]
+    targets = {
+        places: sum((codes[place] for place in places[1:]), codes[places[0]])
+        for places in dict.fromkeys(wanted)
+        if places
+    }
     values = []
     for crop, given in enumerate(scores if predictions is None else predictions):
-        others = [q for q, own in zip(codes, assignment_crops, strict=True) if own != crop]
-        if others:
-            target = everybody if len(others) == len(codes) else sum(others[1:], others[0])
+        if places := wanted[crop]:
             rows = similarity.at_least_float32(given)
-            values.append(cross_entropy(rows, target, temperature, len(others)))
+            # Codes beside those of a queue are a part of a larger matrix, which must not be kept for theirs.
+            spent = queue is None and places not in wanted[crop + 1 :]
+            values.append(cross_entropy(rows, targets[places], temperature, len(places), spent=spent))
     each = sum(values[1:], values[0]) / (len(assignment_crops) * (len(scores) - 1))
     return reduce(each, reduction, split=split)
 
@@ -144,16 +153,16 @@ def _codes_of_crops(
         raise ValueError(
             f"queue must hold one tensor for each of the {len(scores)} assignment crops, got {len(queue)}."
         )
-    for i, earlier in enumerate(queue):
-        _checks.embeddings(f"queue[{i}]", earlier, at_least=0)
-        _check_size(f"queue[{i}]", earlier, epsilon=epsilon)
-        _checks.alongside(**{"scores[0]": scores[0], f"queue[{i}]": earlier})
     # The queue is the same on all ranks: each of them brings a part of it, so that every row counts once.
     part = slice(split.rank, None, split.world_size)
-    wide = [similarity.at_least_float32(crop) for crop in scores]
-    together = [
-        torch.cat([crop, earlier[part].to(crop.dtype)]) for crop, earlier in zip(wide, queue, strict=True)
-    ]
+    together = []
+    for i, (crop, earlier) in enumerate(zip(scores, queue, strict=True)):
+        _checks.embeddings(f"queue[{i}]", earlier, at_least=0)
+        _checks.alongside(**{"scores[0]": scores[0], f"queue[{i}]": earlier})
+        wide = similarity.at_least_float32(crop.detach())
+        earlier = earlier.detach().to(wide.dtype)
+        _check_size(f"queue[{i}]", earlier, epsilon=epsilon)
+        together.append(torch.cat([wide, earlier[part]]))
     return [balanced_codes(rows, epsilon, iterations, split)[: len(scores[0])] for rows in together]
 
 
@@ -279,6 +288,8 @@ def _check_sinkhorn(epsilon: float, iterations: int) -> None:
 
 def _check_size(name: str, scores: Tensor, **divisors: float | Tensor) -> None:
     """Refuse scores that overflow, divided by what they are to be divided by, or whose differences then do."""
+    for divisor, value in divisors.items():
+        _check_divisor(divisor, value, torch.promote_types(scores.dtype, torch.float32))
     if not scores.numel():  # a rank may hold no row
         return
     low, high = similarity.at_least_float32(scores.detach()).aminmax()
@@ -308,7 +319,7 @@ def _check_divisor(name: str, value: float | Tensor, dtype: torch.dtype) -> None
 
 
 def _check_sequence(name: str, given: object) -> None:
-    if not isinstance(given, Sequence | Tensor):
+    if not (isinstance(given, Sequence) or (isinstance(given, Tensor) and given.ndim)):
         raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(given).__name__}.")
 
 
@@ -317,10 +328,10 @@ def _check_crops(assignment_crops: Sequence[int], crops: int | None = None) -> N
         raise TypeError(
             f"assignment_crops must be a sequence of numbers, got {type(assignment_crops).__name__}."
         )
-    if not assignment_crops or len(set(assignment_crops)) != len(assignment_crops):
-        raise ValueError(f"assignment_crops must name each crop once and at least 1, got {assignment_crops}.")
     for crop in assignment_crops:
         _checks.count("assignment_crops", crop, at_least=0)
+    if not assignment_crops or len(set(assignment_crops)) != len(assignment_crops):
+        raise ValueError(f"assignment_crops must name each crop once and at least 1, got {assignment_crops}.")
     least = max(2, max(assignment_crops) + 1)
     if crops is not None and crops < least:
         raise ValueError(

@@ -89,7 +89,8 @@ class BareTraining:
         return buffer.getvalue()
 
     def _progress(self, epoch: int) -> Progress:
-        return Progress(self.step, self.total_steps, epoch, math.ceil(self.total_steps / STEPS_PER_EPOCH))
+        epochs = math.ceil(self.total_steps / STEPS_PER_EPOCH)
+        return Progress(self.step, self.total_steps, epoch, epochs, STEPS_PER_EPOCH)
 
     def _update(self, batch: Any) -> Tensor:
         if type(self.method).update is not Method.update:

@@ -100,9 +100,8 @@ class LitMethod(pl.LightningModule):
         total = steps * epochs if epochs else limit
         if limit > 0:
             total = min(total, limit)
-        return Progress(
-            self.steps_done, int(total), trainer.current_epoch, epochs or math.ceil(total / max(1, steps))
-        )
+        epochs = math.ceil(total / max(1, steps))
+        return Progress(self.steps_done, int(total), trainer.current_epoch, epochs, steps)
 
     @property
     def _limit(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cl_core import diagnostics
+from cl_core.distributed import unbroadcast_buffers
 from cl_core.losses._base import ClassPairLoss, ContrastiveLoss, LabelledLoss, PredictionLoss, TwoViewLoss
-from cl_core.momentum import ExponentialMovingAverage
+from cl_core.method import Method
+from cl_core.momentum import _follow
 from cl_core.scores import _temperature_of
 from cl_core.training.data import Data
 from cl_core.training.evaluating import Evaluation, embed_split, labelled, neighbour_accuracies
@@ -184,6 +187,8 @@ def queue_among(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor |
 class MovingAverage(pl.Callback):
     """Exponential moving average of the method's weights, taken over when the training ends.
 
+    Memories (queues, banks, clusters) have no average: they stay as the last step left them.
+
     Args:
         decay: share of the average that each step keeps, in (0, 1).
     """
@@ -192,39 +197,52 @@ class MovingAverage(pl.Callback):
         if not 0 < decay < 1:
             raise ValueError(f"decay must be in (0, 1), got {decay}.")
         self.decay = decay
-        self._average: ExponentialMovingAverage | None = None
-        self._restored: dict[str, Tensor] | None = None
-        self._step = 0
+        self._average: dict[str, Tensor] = {}
+        self._step: int | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start from the weights as they are, or go on with the restored average."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Once the method is prepared, start from its weights, or go on with the restored average."""
+        if self._step is not None:
+            return
         self._step = pl_module.steps_done
-        self._average = ExponentialMovingAverage(pl_module.method)
-        if self._restored is not None:
-            self._average.module.load_state_dict(self._restored)
+        weights = _weights(pl_module.method)
+        self._average = {
+            name: self._average[name].to(value.device) if name in self._average else value.detach().clone()
+            for name, value in weights.items()
+        }
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update after an optimiser step."""
-        if self._average is not None and pl_module.steps_done != self._step:
+        if pl_module.steps_done != self._step:
             self._step = pl_module.steps_done
-            self._average.update(pl_module.method, self.decay)
+            _follow(self._average, _weights(pl_module.method), self.decay)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Make the average the result, also of a run resumed after its last step, which starts no training."""
-        average = self._restored if self._average is None else self._average.module.state_dict()
-        if average is not None:
-            pl_module.method.load_state_dict(average)
+        pl_module.method.load_state_dict(averaged_state(pl_module.method.state_dict(), self._average))
 
     def state_dict(self) -> dict[str, Any]:
         """The average."""
-        state = self._average.module.state_dict() if self._average is not None else {}
-        return {"average": {name: value.cpu() for name, value in state.items()}}
+        return {"average": {name: value.cpu() for name, value in self._average.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        self._restored = dict(state["average"])
+        self._average = dict(state["average"])
+
+
+def averaged_state(state: dict[str, Any], average: dict[str, Tensor]) -> dict[str, Any]:
+    """A method's state with the :class:`MovingAverage` of its weights in place of them."""
+    return {name: average.get(name, value) for name, value in state.items()}
+
+
+def _weights(method: Method) -> dict[str, Tensor]:
+    """What a moving average is taken of: parameters and statistics, under all of their names."""
+    left_out = set(unbroadcast_buffers(method))
+    parameters = method.named_parameters(remove_duplicate=False)
+    buffers = method.named_buffers(remove_duplicate=False)
+    return {name: value for name, value in chain(parameters, buffers) if name not in left_out}
 
 
 def sampled_similarities(first: Tensor, second: Tensor, samples: int) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from cl_core import _checks, plugins
 from cl_core.method import Method
 from cl_core.training import artifacts
 from cl_core.training.adaptor import LitMethod
-from cl_core.training.callbacks import Diagnostics, KNNMonitor, MovingAverage
+from cl_core.training.callbacks import Diagnostics, KNNMonitor, MovingAverage, averaged_state
 from cl_core.training.checkpoints import (
     AtomicCheckpointIO,
     Checkpointing,
@@ -371,9 +371,9 @@ def weights_of(source: str | Path, *, package: str) -> dict[str, Tensor]:
     if not place.is_file():
         raise FileNotFoundError(f"{source} is neither a run, nor an export, nor a checkpoint.")
     checkpoint = read_checkpoint(place, package=package)
-    if average := checkpoint.get("callbacks", {}).get(MovingAverage.__qualname__, {}).get("average"):
-        return dict(average)
-    return {name.removeprefix("method."): value for name, value in checkpoint["state_dict"].items()}
+    state = {name.removeprefix("method."): value for name, value in checkpoint["state_dict"].items()}
+    average = checkpoint.get("callbacks", {}).get(MovingAverage.__qualname__, {}).get("average", {})
+    return averaged_state(state, average)
 
 
 def _finished(run: RunFolder, method: Method, weights: dict[str, Tensor]) -> FitResult:

@@ -112,8 +112,7 @@ class Optimization:
         share r of ``lr``, r + (1 - r) s / (w - 1). After that "cosine" uses f + (1 - f) (1 + cos(pi (s - w) / (S - w)))
         / 2 with f = final_lr / lr, and "step" ``decay`` to the number of milestones that lie behind.
         """
-        steps_per_epoch = progress.total_steps / max(1, progress.total_epochs)
-        warmup = min(round(self.warmup_epochs * steps_per_epoch), progress.total_steps)
+        warmup = min(round(self.warmup_epochs * progress.steps_per_epoch), progress.total_steps)
         if progress.step < warmup:
             if self.warmup_lr is None:
                 return (progress.step + 1) / (warmup + 1)
@@ -122,7 +121,9 @@ class Optimization:
         if self.schedule == "constant":
             return 1.0
         if self.schedule == "step":
-            behind = sum(progress.step >= round(epoch * steps_per_epoch) for epoch in self.milestones)
+            behind = sum(
+                progress.step >= round(epoch * progress.steps_per_epoch) for epoch in self.milestones
+            )
             return float(self.decay**behind)
         done = (progress.step - warmup) / max(1, progress.total_steps - warmup)
         final = self.final_lr / self.lr

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cl_core import _checks
 from cl_vision.transforms import BatchTransform, Finish, ViewTransform, view_seed
 
 _ONE_CALL = 2**22  # numbers of all views of a batch
@@ -115,8 +116,11 @@ class ViewDataset(Dataset[Views]):
         seed: int = 0,
         finish: Finish | None = None,
     ) -> None:
-        if num_views < 1:
-            raise ValueError(f"num_views must be >= 1, got {num_views}.")
+        _checks.count("num_views", num_views)
+        if not isinstance(transform, ViewTransform):
+            raise TypeError(
+                f"transform must be a ViewTransform, got {type(transform).__name__}: wrap a pipeline in one."
+            )
         self.images, self.transform, self.finish = images, transform, finish
         self.rows = torch.arange(len(images)) if rows is None else rows
         self.num_views, self.seed = num_views, seed

@@ -108,6 +108,16 @@ def views_for(method: Method, batch: Views) -> tuple[Tensor, ...]:
     return batch.views
 
 
+def check_crops(method: Method, crops: Sequence[int], batch: Views) -> None:
+    """Refuse a batch without the crops, counted from 0, that a method needs beside any others."""
+    count = len(batch.views)
+    if max(crops) >= count:
+        raise ValueError(
+            f"{type(method).__name__} needs crops {list(crops)}, counted from 0, got {count} of them: pass "
+            f"--data.num_views {max(crops) + 1} or more."
+        )
+
+
 def check_views(method: Method, batch: Views) -> None:
     """Refuse fewer than two views, or a lone image that has no others to be compared with."""
     name, views = type(method).__name__, len(batch.views)

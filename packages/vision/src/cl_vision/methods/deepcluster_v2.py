@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from cl_core import _checks
 from cl_core._types import Group
 from cl_core.clustering import kmeans
-from cl_core.distributed import shard
+from cl_core.distributed import refusing_together, shard
 from cl_core.losses import PrototypeLoss
 from cl_core.memory import InstanceBank
 from cl_core.method import Method, Progress
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_parts, check_views, project_crops
+from cl_vision.methods._parts import built, check_crops, check_parts, check_views, project_crops
 from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class DeepClusterV2(Method):
         assignment_crops: crops whose embeddings are clustered, one after the other by the heads in turn.
         kmeans_iterations: passes of k-means, from random rows.
 
-    Cost: the bank, 4 bytes times images, crops and columns, in memory and in checkpoints (1.3 GB for a million images),
-    on each process.
+    Cost: the banks, 4 bytes times images, crops and columns (1 GB for a million images, two crops and 128 columns), in
+    memory on each process and in checkpoints and exports; a few times as much in memory while ``prepare`` fills them.
     Reference: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS
     2020, arXiv 2006.09882, section 4. The authors' code makes the first embeddings in training mode, with the
     statistics of batches; these are made in evaluation mode. A bank row belongs to an image, where theirs belong to
@@ -72,6 +72,8 @@ class DeepClusterV2(Method):
             ("num_prototypes", num_prototypes, 2),
             ("assignment_crops", assignment_crops, 0),
         ):
+            if not isinstance(numbers, Sequence):
+                raise TypeError(f"{name} must be a sequence of numbers, got {type(numbers).__name__}.")
             if not numbers:
                 raise ValueError(f"{name} must hold at least one number, got none.")
             for number in numbers:
@@ -94,7 +96,7 @@ class DeepClusterV2(Method):
     def loss(self, batch: Views) -> Tensor:
         """Loss of two or more crops, largest first, a scalar; takes embeddings into the bank."""
         check_views(self, batch)
-        self._check_crops(batch)
+        check_crops(self, self.assignment_crops, batch)
         images = self.assignments.shape[1]
         _checks.require(
             (batch.index < images).all(),
@@ -128,15 +130,16 @@ class DeepClusterV2(Method):
         index, rows = [], []
         try:
             for batch in batches:
-                self._check_crops(batch)
+                check_crops(self, self.assignment_crops, batch)
                 crops = [batch.views[crop] for crop in self.assignment_crops]
                 rows.append(torch.stack(project_crops(self.encoder, self.projector, crops), 1))
                 index.append(batch.index)
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if not rows:
-            raise ValueError("batches must hold at least one batch, got none.")
+        with refusing_together(self._group, self.prototypes.device):
+            if not rows:
+                raise ValueError("batches must hold at least one batch, got none.")
         own = torch.cat(index)
         self._resize(int(shard(own, self._group).gather(own).max()) + 1)
         for bank, crop in zip(self.banks, torch.cat(rows).unbind(1), strict=True):
@@ -152,16 +155,9 @@ class DeepClusterV2(Method):
     def _group(self) -> Group:
         return getattr(self.criterion, "group", None)
 
-    def _check_crops(self, batch: Views) -> None:
-        if max(self.assignment_crops) >= len(batch.views):
-            raise ValueError(
-                f"DeepClusterV2 clusters crops {self.assignment_crops}, counted from 0, got {len(batch.views)} of "
-                f"them: pass --data.num_views {max(self.assignment_crops) + 1} or more."
-            )
-
     @torch.no_grad()
     def _cluster(self, epoch: int) -> None:
-        rows = self.banks[0].seen.nonzero().squeeze(1)
+        rows = torch.stack([bank.seen for bank in self.banks]).all(0).nonzero().squeeze(1)
         if len(rows) < max(self.num_prototypes):
             raise ValueError(
                 f"num_prototypes must be at most the number of images, {len(rows)}, got {max(self.num_prototypes)}."
@@ -194,11 +190,8 @@ class DeepClusterV2(Method):
 
     def _resize(self, images: int) -> None:
         like, heads = self.prototypes, len(self.num_prototypes)
-        options = {
-            "momentum": 0.0,
-            "dtype": like.dtype,
-            "generator": torch.Generator(),
-        }  # of rows not seen yet
+        # A generator of their own: what rows not seen yet hold is never read, and must not move the random state.
+        options = {"momentum": 0.0, "dtype": like.dtype, "generator": torch.Generator()}
         banks = [InstanceBank(max(1, images), like.shape[1], **options) for _ in self.assignment_crops]
         self.banks = nn.ModuleList(banks).to(like.device)
         start = torch.full((heads, images), -1, dtype=torch.int64, device=like.device)

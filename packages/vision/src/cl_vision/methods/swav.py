@@ -15,7 +15,7 @@ from cl_core.memory import FeatureQueue
 from cl_core.method import Method, Progress
 from cl_core.transforms import PositiveExtrapolation
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_parts, check_views, project_crops
+from cl_vision.methods._parts import built, check_crops, check_parts, check_views, project_crops
 from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class SwAV(Method):
     def loss(self, batch: Views) -> Tensor:
         """Loss of two or more crops, largest first, a scalar; takes their embeddings into the queue."""
         check_views(self, batch)
+        check_crops(self, self.assignment_crops, batch)
         self._warn_of_too_many_prototypes(len(batch.views[0]))
         embeddings = project_crops(self.encoder, self.projector, batch.views)
         scores = [self.scores(rows) for rows in embeddings]
@@ -109,8 +110,11 @@ class SwAV(Method):
         return self.encoder(images)
 
     def on_fit_start(self, progress: Progress) -> None:
-        """Note the epoch, also after a resume."""
+        """Note the epoch, also after a resume; a training that begins has no use for the queue of another."""
         self._epoch = progress.epoch
+        if progress.step == 0:
+            for queue in self.queues:
+                queue.reset()
 
     def on_epoch_start(self, progress: Progress) -> None:
         """Note the epoch."""
@@ -118,8 +122,7 @@ class SwAV(Method):
 
     def before_step(self, progress: Progress) -> None:
         """Hold the prototypes still in the beginning."""
-        steps_per_epoch = progress.total_steps / max(1, progress.total_epochs)
-        if progress.step < self.freeze_epochs * steps_per_epoch:
+        if progress.step < self.freeze_epochs * progress.steps_per_epoch:
             self.prototypes.grad = None
 
     @torch.no_grad()
