@@ -609,6 +609,10 @@ def test_a_loss_measures_nothing_unless_it_says_so():
         (lambda: AMCLLoss(beta=-0.1), "beta must be at least 0"),
         (lambda: AMCLSimSiamLoss(shared=1), "shared must be True or False"),
         (lambda: AMCLBarlowLoss(heads=0), "heads must be at least 1"),
+        (
+            lambda: AMCLBarlowLoss(WIDTH + 1)(*views()),
+            rf"z1 must have heads \* dim = 3 \* {WIDTH + 1} = {3 * WIDTH + 3} columns, got {3 * WIDTH}",
+        ),
     ],
 )
 def test_refused_in_one_sentence(call, words):

@@ -237,6 +237,9 @@ def test_neither_gradient_nor_autocast():
         (lambda r, z: r.update(z, z, normalize=1), "normalize must be True or False"),
         (lambda r, z: r.load_state_dict({}), "got one without steps, limits"),
         (lambda r, z: r.load_state_dict(ScoreRecorder(bins=9).state_dict()), "64 bins"),
+        (lambda r, z: r.load_state_dict(r.state_dict() | {"step": torch.zeros(2)}), r"step of shape \(0,\)"),
+        (lambda r, z: r.load_state_dict(r.state_dict() | {"counts": torch.zeros(1)}), "hold counts of shape"),
+        (lambda r, z: r.load_state_dict(r.state_dict() | {"open": torch.tensor(3)}), "got 3 steps"),
         (lambda r, z: r.load_state_dict(ScoreRecorder(limits=(0, 1)).state_dict()), "limits"),
     ],
 )

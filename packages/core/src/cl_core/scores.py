@@ -175,19 +175,34 @@ class ScoreRecorder:
         """Take back what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: if it is that of a recorder with another ``every``, ``bins`` or ``limits``; nothing is changed.
+            ValueError: if it is damaged, or that of a recorder with another ``every``, ``bins`` or ``limits``; nothing
+                is changed.
         """
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise ValueError(f"state must be that of a ScoreRecorder, got one without {', '.join(missing)}.")
-        counts, limits = state["counts"], tuple(state["limits"].tolist())
-        longest = max([0, *state["lengths"].tolist()])
+        counts, limits, lengths = state["counts"], tuple(state["limits"].tolist()), state["lengths"].tolist()
+        steps = sum(lengths)
+        shapes = {
+            "step": (steps,),
+            "curves": (steps, len(CURVES)),
+            "counts": (len(lengths), 2, *counts.shape[2:3]),
+        }
+        for name, shape in shapes.items():
+            if state[name].shape != shape:
+                came = tuple(state[name].shape)
+                raise ValueError(f"state must hold {name} of shape {shape} for its lengths, got {came}.")
+        if int(state["open"]) not in (0, *lengths[-1:]):
+            raise ValueError(
+                f"state must hold no block open or the last one, got {int(state['open'])} steps of one."
+            )
+        longest = max([0, *lengths])
         if counts.shape[2] != self.bins or limits != self.limits or longest > self.every:
             raise ValueError(
                 f"state must be of blocks of at most {self.every} steps, {self.bins} bins and limits {self.limits}, "
                 f"got {longest}, {counts.shape[2]} and {limits}."
             )
-        self.steps, filled, lengths = int(state["steps"]), int(state["open"]), state["lengths"].tolist()
+        self.steps, filled = int(state["steps"]), int(state["open"])
         parts = state["step"].split(lengths), state["curves"].split(lengths), counts
         self._blocks = [_Block(*(part.clone() for part in block)) for block in zip(*parts, strict=True)]
         self._begin(torch.device("cpu"))

@@ -517,6 +517,11 @@ class AMCLBarlowLoss(_AdaptiveLoss, TwoViewLoss):
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Loss of two views, each of shape (N, C d)."""
+        wanted = self.heads * self.dim
+        if isinstance(z1, Tensor) and z1.ndim == 2 and z1.shape[1] != wanted:
+            raise ValueError(
+                f"z1 must have heads * dim = {self.heads} * {self.dim} = {wanted} columns, got {z1.shape[1]}."
+            )
         options = {k: v for k, v in self.hyperparameters().items() if k not in _OF_TEMPERATURE}
         return amcl_barlow_loss(z1, z2, temperature=self.pair_temperature, **options)
 
