@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from cl_core.losses import DCLLoss
@@ -237,6 +238,43 @@ def test_reading_a_run_imports_only_what_was_asked_for(package, tmp_path):
     said = done.stderr.splitlines()
     assert len(said) == 4
     assert all("other_nets" in line and "--import other_nets" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "said"),
+    [
+        (
+            {"module": {"class_path": "torchvision.transforms.v2.Lambda", "init_args": {"lambd": "planted_nets.act"}}},
+            "names 'planted_nets', which is not imported",
+        ),
+        (
+            {"module": {"class_path": "torchvision.transforms.v2.Lambda", "init_args": {"lambd": "textwrap.dedent"}}},
+            "of the standard library",
+        ),
+        (
+            {
+                "module": {"class_path": "torch.nn.Flatten"},
+                "arguments": {"start_dim": {"class_path": "subprocess.Popen", "init_args": {"args": ["false"]}}},
+            },
+            "names 'subprocess.Popen' of the standard library",
+        ),
+    ],
+)
+def test_functions_and_programs_that_a_run_names_are_left_alone(package, tmp_path, capsys, encoder, said):
+    """A network may take functions, or anything: what a file says of them is neither imported nor called."""
+    package("planted_nets", "Net")
+    (tmp_path / "planted_nets.py").write_text("raise SystemExit('ran')")
+    init_args = {
+        "encoder": {"class_path": "ModuleEncoder", "init_args": encoder},
+        "loss": {"class_path": "DCLLoss"},
+    }
+    config = {"model": {"class_path": "SimCLR", "init_args": init_args}, "data": {"class_path": "Digits"}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--resume", "run"]) == 2
+    found = capsys.readouterr().err
+    assert said in found and found.count("\n") == 1
+    assert "planted_nets" not in sys.modules
 
 
 @pytest.mark.parametrize(

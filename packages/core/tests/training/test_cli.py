@@ -729,6 +729,35 @@ def test_a_stored_configuration_imports_nothing(command, tmp_path, monkeypatch):
     assert "planted_module" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "encoder", ["planted_path.Planted", '{"class_path": "planted\\u005fpath.Planted"}', "other.yaml"]
+)
+@pytest.mark.parametrize("verb", ["fit --resume run", "test --ckpt run/checkpoints/last.ckpt"])
+def test_a_stored_text_in_place_of_a_class_imports_nothing(
+    command, tiny, tmp_path, monkeypatch, encoder, verb
+):
+    """The parser takes a path, a configuration as text, or a file of one for the class itself."""
+    command("fit", "--config", "tiny/quick", "--run_dir", "run")
+    (tmp_path / "planted_path.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("other.yaml").write_text("class_path: planted_path.Planted\n")
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    config["model"]["init_args"]["encoder"] = encoder
+    Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    status, _, err = command(*verb.split())
+    assert (status, err.count("\n"), "planted_path" in sys.modules) == (2, 1, False)
+    assert err.endswith("if you trust it, pass --import planted_path.\n")
+
+
+def test_a_stored_configuration_that_names_another_is_refused(command):
+    command("fit", "--config", "tiny/quick", "--run_dir", "run")
+    with Path("run/config.yaml").open("a") as file:
+        file.write("config: other.yaml\n")
+    Path("other.yaml").write_text("model: {class_path: planted_module.Planted}\n")
+    status, _, err = command("fit", "--resume", "run")
+    assert (status, "the stored configuration names another one" in err) == (2, True)
+
+
 def test_a_configuration_of_other_things_is_named(command):
     Path("run").mkdir()
     for text, words in (("model: 3", "model is 3"), ("data: [1, 2]", "data is [1, 2]")):
