@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -448,6 +449,25 @@ def test_a_classifier_of_other_classes_is_left_out(command):
         in out
     )
     assert Path("own/metrics.json").read_text() == before
+
+
+def test_its_classes_are_known_before_a_run_ends_and_to_an_export_alone(command, tiny, monkeypatch):
+    def after_step(self, progress):
+        if progress.step == 7:
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(tiny.TinyClassifier, "after_step", after_step)
+        command("fit", "--config", "tiny/quick", "--model", "TinyClassifier", "--run_dir", "cut")
+    shutil.copytree("cut", "apart")
+    assert command("fit", "--resume", "apart")[0] == 0
+    shutil.move("apart/export", "export")
+    for place in ("cut", "export"):
+        for data, shown in (("TinyData", True), ("OtherData", False)):
+            options = ("--evaluation.neighbours=[5]", "--evaluation.regularizations=[0.01]")
+            status, out, err = command("test", "--ckpt", place, "--data", data, *options)
+            assert (status, err, ", classifier" in out) == (0, "", shown)
+            assert ("it tells a, b, c, ... (4 classes) apart" in out) != shown
 
 
 def test_reproduce_and_compare_show_the_classifier_where_there_is_one(command):

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ class _UnknownClass(ValueError):
     """What an export may not name."""
 
 
-def export_method(method: Method, folder: str | Path) -> Path:
+def export_method(method: Method, folder: str | Path, *, class_names: Sequence[str] | None = None) -> Path:
     """Write a method as ``config.json`` and ``model.safetensors``.
 
     Args:
         method: to export; every constructor argument is stored under its own name (the loss as
             ``criterion``) and is a plain value or a module for which the same holds.
         folder: where to write.
+        class_names: that the columns of its own classifier's scores speak for; None where there are none.
 
     Returns:
         The folder.
@@ -55,6 +56,8 @@ def export_method(method: Method, folder: str | Path) -> Path:
     """
     folder = make_folder(folder)
     config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": describe(method)}
+    if class_names is not None:
+        config["class_names"] = list(class_names)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in method.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": FORMAT}))
     config["weights"] = {"file": WEIGHTS, "sha256": _digest(folder / WEIGHTS)}

@@ -214,8 +214,7 @@ def _judge(domain: Domain, args: list[str], split: Split) -> None:
 
 def _other_classes(trained: Trained) -> str:
     """Why the columns of a classifier's scores do not speak for the classes of these data; empty if nothing says so."""
-    known = trained.run.read_metrics().get("class_names") if trained.run is not None else None
-    names = trained.data.class_names
+    known, names = trained.class_names, trained.data.class_names
     if known is None or names is None or known == (here := [str(name) for name in names]):
         return ""
     return f"it tells {_listed(known)} apart, these data have {_listed(here)}"
@@ -247,6 +246,7 @@ class Trained:
     evaluation: Evaluation
     run: RunFolder | None
     other: str  # in what it is not the run's own result on its own data; empty if it is
+    class_names: list[str] | None  # that its own classifier tells apart, where that is known
 
 
 def load_trained(domain: Domain, parser: Parser, args: list[str]) -> Trained:
@@ -265,14 +265,16 @@ def load_trained(domain: Domain, parser: Parser, args: list[str]) -> Trained:
     if config.data is None:
         raise ValueError(f"{ckpt} does not say which data it belongs to: pass --data CLASS.")
     result = run.result if run is not None and run.path == place else place
+    known = {} if run is None else run.read_metrics()
     if result is not None and artifacts.is_export(result):
         method = artifacts.load_export(result)
+        known = known if run is not None else artifacts.read_export_config(result)
     else:
         method = _from_checkpoint(domain, stored, ckpt)
     built = parser.instantiate(config)
     built.data.set_seed(int(stored.get("seed", 0)))
     other = "" if run is None else _other(run, result, built)
-    return Trained(config, method, built.data, built.evaluation, run, other)
+    return Trained(config, method, built.data, built.evaluation, run, other, known.get("class_names"))
 
 
 def _other(run: RunFolder, result: Path | None, built: Any) -> str:

@@ -40,6 +40,7 @@ from cl_core.training.evaluating import (
     embed_split,
     evaluate,
     evaluate_raw,
+    has_classifier,
     has_labels,
 )
 from cl_core.training.files import sentence
@@ -123,6 +124,12 @@ class _Task:
     artist: Artist | None
     package: str
     judged: Evaluation | None = None  # how to evaluate, where the data turn out to have labels
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """What the columns of the method's own classifier's scores speak for; None without one."""
+        names = self.data.class_names if has_classifier(self.method) else None
+        return None if names is None else [str(name) for name in names]
 
     @property
     def device(self) -> str:
@@ -291,6 +298,8 @@ def _fit_in(
                 if run.finished:
                     run.reopen()
                 _measure_baselines(run, task)
+                if (names := task.class_names) is not None:
+                    run.write_metrics(class_names=names)
             if initial is not None:
                 kept = artifacts.initialise(task.method, initial, source=str(task.init_from))
                 if rank == 0:
@@ -398,7 +407,7 @@ def _measure_baselines(run: RunFolder, task: _Task) -> None:
 def _conclude(run: RunFolder, lit: LitMethod, task: _Task, table: MetricsTable) -> FitResult:
     """Export the trained method, evaluate it, draw, and mark the run as finished."""
     method = task.method
-    artifacts.export_method(method, run.export)
+    artifacts.export_method(method, run.export, class_names=task.class_names)
     embeddings: dict[str, Embedding] = {}
     entries: dict[str, Any] = {"steps": lit.steps_done, "seed": task.seed}
     if task.judged is not None:
@@ -411,8 +420,6 @@ def _conclude(run: RunFolder, lit: LitMethod, task: _Task, table: MetricsTable) 
         method.to("cpu")
         train, validation, test = embeddings.values()
         entries["trained"] = accuracies(train, validation, test, task.judged) | own
-        if own and (names := task.data.class_names) is not None:
-            entries["class_names"] = [str(name) for name in names]  # that the columns of its scores speak for
     metrics = run.write_metrics(**entries, train=table.rows[-1] if table.rows else {})
     if task.artist is not None:
         try:

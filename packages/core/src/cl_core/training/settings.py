@@ -41,6 +41,7 @@ _MAY_CHANGE = {
     "weights",  # where they came from, once a checkpoint holds them
 }
 _KIND_COUNTS = {"trainer.limit_train_batches"}  # 1 is a batch, 1.0 all of them
+_PLACES = ("root", "path")  # arguments of data, and of what they are made of, that name a folder or a file
 _SHOWN = 500  # characters of a value that nobody reads in full
 
 
@@ -183,10 +184,8 @@ def placed(config: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(config)
     if isinstance(config.get("init_from"), str):
         config["init_from"] = _absolute(config["init_from"])
-    data = config.get("data")
-    if isinstance(data, Mapping) and isinstance((data.get("init_args") or {}).get("root"), str):
-        arguments = data["init_args"]
-        config["data"] = {**data, "init_args": {**arguments, "root": _absolute(arguments["root"])}}
+    if "data" in config:
+        config["data"] = _placed(config["data"])
     return config
 
 
@@ -292,9 +291,8 @@ def _described_data(data: Data) -> dict[str, Any]:
             arguments[name] = as_config(describe(value, name=name))
         except TypeError:  # nothing that can be written down, such as a function: then it counts which
             arguments[name] = _label(value)
-    if isinstance(arguments.get("root"), str):
-        arguments["root"] = _absolute(arguments["root"])
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+    described = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+    return _placed(described)  # type: ignore[no-any-return]
 
 
 def _label(value: Any) -> str:
@@ -305,6 +303,15 @@ def _label(value: Any) -> str:
     shown = repr(value)
     kind = type(value)
     return f"{kind.__module__}.{kind.__qualname__}" if re.search(r" at 0x[0-9a-f]+", shown) else shown
+
+
+def _placed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: _absolute(entry) if name in _PLACES and isinstance(entry, str) else _placed(entry)
+            for name, entry in value.items()
+        }
+    return [_placed(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _absolute(place: str) -> str:

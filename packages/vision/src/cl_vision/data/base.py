@@ -141,7 +141,7 @@ class ImageData(Data):
         """Random views of the training images."""
         images, rows = self.splits["train"]
         if self.subset is not None:
-            rows = self.subset.select(rows, images.labels[rows])
+            rows = self.subset.select(rows, images.labels[rows], total=len(images))
         if len(rows) < 2:
             raise ValueError(
                 f"{type(self).__name__} has {len(rows)} training image{'s' * (len(rows) != 1)}, but images are "
