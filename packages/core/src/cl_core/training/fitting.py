@@ -261,8 +261,9 @@ def fit(
         settings, asked = with_changes(run.read_settings(), changed), with_changes(run.read_config(), changed)
     initial = _initial_weights(task, run)
     name = name or f"{type(method).__name__}-{type(data).__name__}".lower()
+    resumed = run is not None
     run = run or RunFolder.create(name, run_dir=run_dir, processes=processes)
-    return _fit_in(run, task, lit, asked, settings, initial)
+    return _fit_in(run, task, lit, asked, settings, initial, resumed=resumed)
 
 
 def _initial_weights(task: _Task, run: RunFolder | None) -> dict[str, Tensor] | None:
@@ -280,6 +281,8 @@ def _fit_in(
     asked: Mapping[str, Any],
     settings: Mapping[str, Any],
     initial: dict[str, Tensor] | None,
+    *,
+    resumed: bool,
 ) -> FitResult:
     """Train and evaluate in a run folder, new or resumed."""
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
@@ -289,7 +292,8 @@ def _fit_in(
         run.announced(),
         _interruption_explained(run),
     ):
-        resumed = run.config.is_file()
+        if rank == 0 and not resumed:
+            run.check_free()  # once more: another process may have begun there before the lock was ours
         restore = run.snapshot()
         try:
             if rank == 0:

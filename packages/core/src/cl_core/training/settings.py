@@ -40,6 +40,15 @@ _MAY_CHANGE = {
     *("data.batch_size", "processes"),  # global_batch_size may not
     "weights",  # where they came from, once a checkpoint holds them
 }
+# They make no other run of it: with the seed, the runs of one setting differ in nothing else.
+_BESIDE = {
+    *("seed", "checkpoint", "data.root", "data.num_workers", "data.download"),
+    *(f"monitor.{name}" for name in ("knn_every_epochs", "knn_rows", "diagnostics_every_epochs")),
+    *(f"monitor.{name}" for name in ("scores", "scores_every", "scores_rows")),
+    *(f"trainer.{name}" for name in ("accelerator", "progress_bar", "tensorboard", "deterministic")),
+    *("evaluation.batch_size", "evaluation.baselines"),
+    "global_batch_size",  # follows from the batch size and the processes, which are named
+}
 _KIND_COUNTS = {"trainer.limit_train_batches"}  # 1 is a batch, 1.0 all of them
 _PLACES = ("root", "path")  # arguments of data, and of what they are made of, that name a folder or a file
 _SHOWN = 500  # characters of a value that nobody reads in full
@@ -203,7 +212,7 @@ def changes(began: Mapping[str, Any], now: Mapping[str, Any], *, run: object) ->
         ValueError: for a setting that makes another run of it.
     """
     found = {}
-    for path, before, after in _differences("", began, now):
+    for path, before, after in differences(began, now):
         if path not in _MAY_CHANGE:
             if path == "global_batch_size":
                 path = "data.batch_size"
@@ -214,6 +223,21 @@ def changes(began: Mapping[str, Any], now: Mapping[str, Any], *, run: object) ->
             )
         found[path] = after
     return found
+
+
+def is_beside(path: str) -> bool:
+    """Whether a setting, by its dotted name, leaves a run one of the same setting as others, such as the seed."""
+    return path in _BESIDE or path.partition(".")[0] in _BESIDE
+
+
+def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values of what two configurations, or two :func:`settings_of`, both name and say otherwise."""
+    return _differences("", began, now)
+
+
+def joined(path: str, name: str) -> str:
+    """Dotted name of an entry of a group of settings, or of an object's arguments."""
+    return path if name == "init_args" else f"{path}.{name}".lstrip(".")
 
 
 def setting(settings: Mapping[str, Any], name: str) -> Any:
@@ -243,7 +267,7 @@ def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any,
     for name in before:
         if name not in after:
             continue
-        inner, one, other = _joined(path, name), before[name], after[name]
+        inner, one, other = joined(path, name), before[name], after[name]
         group = not path and isinstance(one, Mapping) and isinstance(other, Mapping)
         if group or name == "init_args" or (_is_object(one) and _is_object(other)):
             yield from _differences(inner, one, other)
@@ -260,7 +284,7 @@ def _named(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, str(value["class_path"]).rpartition(".")[2]
     for name, entry in value.items():
         if name != "class_path":
-            yield from _named(_joined(path, name), entry)
+            yield from _named(joined(path, name), entry)
 
 
 def _is_object(value: Any) -> bool:
@@ -269,17 +293,13 @@ def _is_object(value: Any) -> bool:
 
 def _updated(path: str, value: Any, changed: Mapping[str, Any]) -> Any:
     if isinstance(value, Mapping) and path not in changed:
-        return {name: _updated(_joined(path, name), entry, changed) for name, entry in value.items()}
+        return {name: _updated(joined(path, name), entry, changed) for name, entry in value.items()}
     return changed.get(path, value)
 
 
 def _batch(settings: Mapping[str, Any]) -> str:
     rows, processes = settings["global_batch_size"], settings["processes"]
     return f"{rows // processes} on each of {processes} processes" if processes > 1 else str(rows)
-
-
-def _joined(path: str, name: str) -> str:
-    return path if name == "init_args" else f"{path}.{name}".lstrip(".")
 
 
 def _described_data(data: Data) -> dict[str, Any]:
