@@ -69,6 +69,22 @@ class Stores(Foreign):
         self.width = width
 
 
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LazyConv2d(4, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(6)
+        )
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+class Branching(nn.Module):
+    def forward(self, images):
+        return images.flatten(1) if images.mean() > 0 else -images.flatten(1)
+
+
 class Returns(nn.Module):
     def __init__(self, value: str = "map") -> None:
         super().__init__()
@@ -126,6 +142,25 @@ def test_an_export_comes_back_again_and_again(make, tmp_path):
     assert create_encoder(pretrained_path=tmp_path / "1").dim == 6
 
 
+@pytest.mark.parametrize("dim", [None, 6])
+def test_a_lazy_network_gets_its_weights_at_once(tmp_path, dim):
+    method = simclr(ModuleEncoder(Lazy(), in_channels=1, dim=dim)).eval()
+    assert sum(parameter.numel() for parameter in method.encoder.parameters()) == 66
+    loaded = load_export(export_method(method, tmp_path))
+    assert loaded.encoder.dim == 6
+    assert torch.equal(loaded.embed(images()), method.embed(images()))
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_what_no_program_can_do_is_one_sentence(tmp_path, suffix):
+    branching = ModuleEncoder(Branching(), in_channels=1)
+    said = "ModuleEncoder cannot be written as a program for any number of images: "
+    with pytest.raises(ValueError, match=said) as caught:
+        export_encoder(branching, tmp_path / f"encoder.{suffix}", image_size=8, channels=1)
+    assert "\n" not in str(caught.value) and branching.training
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_encoder_goes_into_other_programs(tmp_path):
     path = export_encoder(encoder(), tmp_path / "encoder.pt2", image_size=8, channels=1)
     assert path.is_file()
@@ -150,7 +185,11 @@ def test_the_encoder_goes_into_other_programs(tmp_path):
         ),
         (
             lambda: ModuleEncoder(Returns("rows"), dim=4)(torch.ones(4, 3, 8, 8)),
-            r"got torch.float32 of shape \(4, 3\)",
+            r"got torch.float32 of shape \(4, 3\): pass --model.encoder.image_size 8, or another --model.encoder.dim",
+        ),
+        (
+            lambda: ModuleEncoder(Lazy(), in_channels=1, dim=5),
+            r"Lazy must return .* of shape \(2, 5\) for 2 images, got torch.float32 of shape \(2, 6\)",
         ),
         (lambda: encoder(dim=0), "dim must be at least 1, got 0"),
         (
@@ -169,6 +208,8 @@ def test_bad_input_gets_one_sentence(make, said):
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got str"):
         ModuleEncoder("my.Net")
+    with pytest.raises(TypeError, match="arguments must be a dict or None, got list"):
+        ModuleEncoder(Foreign(3), in_channels=1, arguments=[3])
 
 
 def test_without_its_arguments_it_is_not_exported(tmp_path):

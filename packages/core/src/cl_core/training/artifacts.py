@@ -261,7 +261,8 @@ def _arguments(built: Any, name: str, anybodys: bool) -> dict[str, Any]:
         return {key: describe(value, name=f"{name}.{key}") for key, value in built.hyperparameters().items()}
     for parameter in list(inspect.signature(owner.__init__).parameters.values())[1:]:  # type: ignore[misc]
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"{name} is a {kind.__name__}, whose arguments are not all named.")
+            hint = ": put it into a module of your own, whose arguments are" if anybodys else ""
+            raise TypeError(f"{name} is a {kind.__name__}, whose arguments are not all named{hint}.")
         attribute = parameter.name
         if not hasattr(built, attribute) or inspect.ismethod(getattr(built, attribute)):
             attribute = _ALIASES.get(attribute, attribute)
