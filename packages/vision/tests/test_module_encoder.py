@@ -285,17 +285,29 @@ def test_reading_a_run_imports_only_what_was_asked_for(package, tmp_path):
     ("encoder", "said"),
     [
         (
-            {"module": {"class_path": "torchvision.transforms.v2.Lambda", "init_args": {"lambd": "planted_nets.act"}}},
+            {
+                "module": {
+                    "class_path": "torchvision.transforms.v2.Lambda",
+                    "init_args": {"lambd": "planted_nets.act"},
+                }
+            },
             "names 'planted_nets', which is not imported",
         ),
         (
-            {"module": {"class_path": "torchvision.transforms.v2.Lambda", "init_args": {"lambd": "textwrap.dedent"}}},
+            {
+                "module": {
+                    "class_path": "torchvision.transforms.v2.Lambda",
+                    "init_args": {"lambd": "textwrap.dedent"},
+                }
+            },
             "of the standard library",
         ),
         (
             {
                 "module": {"class_path": "torch.nn.Flatten"},
-                "arguments": {"start_dim": {"class_path": "subprocess.Popen", "init_args": {"args": ["false"]}}},
+                "arguments": {
+                    "start_dim": {"class_path": "subprocess.Popen", "init_args": {"args": ["false"]}}
+                },
             },
             "names 'subprocess.Popen' of the standard library",
         ),

@@ -755,7 +755,10 @@ def test_reproduce_leaves_no_run_to_a_grid_of_other_options(command, tiny, monke
 def test_options_of_one_run_are_refused_for_a_grid(command, option):
     status, _, err = command("reproduce", "grid", option)
     assert (status, err.count("\n")) == (2, 1)
-    assert f"{option.partition('=')[0]} belongs to one run, not to all of a grid: pass --seeds or --output" in err
+    assert (
+        f"{option.partition('=')[0]} belongs to one run, not to all of a grid: pass --seeds or --output"
+        in err
+    )
 
 
 def test_a_run_begun_before_the_lock_was_had_is_left_alone(command, monkeypatch):
@@ -899,7 +902,10 @@ def run_of(path, *, width=8, seed=0, accuracy=0.5, finished=True):
 
 def test_compare_tells_a_moving_average_from_the_weights_themselves(command):
     for seed in (0, 1):
-        for name, monitor in (("plain", {"moving_average": None, "scores": True}), ("mean", {"moving_average": 0.9})):
+        for name, monitor in (
+            ("plain", {"moving_average": None, "scores": True}),
+            ("mean", {"moving_average": 0.9}),
+        ):
             settings = run_of(Path(f"runs/{name}-{seed}"), seed=seed) / "settings.json"
             settings.write_text(json.dumps(json.loads(settings.read_text()) | {"monitor": monitor}))
     status, out, err = command("compare", "runs")

@@ -292,7 +292,9 @@ class ModuleEncoder(Encoder):
                 raise ValueError(f"arguments must be those of {type(module).__name__}: {error}.") from None
             note_arguments(module, arguments)
         self.module, self.in_channels, self.image_size, self.arguments = module, in_channels, image_size, None
-        lazy = any(map(is_lazy, (*module.parameters(), *module.buffers())))  # has no weights before it sees images
+        lazy = any(
+            map(is_lazy, (*module.parameters(), *module.buffers()))
+        )  # has no weights before it sees images
         self.dim = self._found_dim(dim) if dim is None or lazy else dim
 
     def forward(self, images: Tensor) -> Tensor:

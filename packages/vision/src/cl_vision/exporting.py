@@ -63,7 +63,7 @@ def export_encoder(
         The path written.
 
     Raises:
-        ValueError: for another format, if a library is missing, if torch cannot make a program of the network, or if the
+        ValueError: for another format, if a library is missing, if torch makes no program of the network, or if the
             written one computes something else; then nothing is written.
     """
     _checks.count("image_size", image_size)

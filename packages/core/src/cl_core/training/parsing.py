@@ -289,7 +289,9 @@ def _check_imported(path: str) -> None:
     """Refuse a path whose module is not imported, or is one of the standard library, which could do anything."""
     module = path.rpartition(".")[0]
     if module.partition(".")[0] in sys.stdlib_module_names:
-        raise ValueError(f"the stored configuration names {path!r} of the standard library, which is no part of a run.")
+        raise ValueError(
+            f"the stored configuration names {path!r} of the standard library, which is no part of a run."
+        )
     if module and module not in sys.modules:
         raise _untrusted(path, module)
 
@@ -319,14 +321,14 @@ def _importing_nothing(text: str) -> Iterator[None]:
                 refused.append(name)
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    sys.meta_path.insert(0, Guard)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Guard)
     try:
         yield
     except (ValueError, ImportError):
         if not refused:
             raise
     finally:
-        sys.meta_path.remove(Guard)  # type: ignore[arg-type]
+        sys.meta_path.remove(Guard)
     if refused:
         raise _untrusted(refused[0], refused[0])
 

@@ -107,7 +107,9 @@ class Grid:
                     raise ValueError(f"{name} must hold at least one entry")
             folders = [cell.folder(0) for cell in grid.cells]
             if len(set(folders)) < len(folders):
-                raise ValueError("method and setting must name each cell, got two whose runs would share a folder")
+                raise ValueError(
+                    "method and setting must name each cell, got two whose runs would share a folder"
+                )
             for metric in grid.metrics:
                 if not metric.startswith(FEW):
                     _checks.choice("metrics", metric, (*METRICS, *CLASSIFIER))
@@ -149,7 +151,9 @@ def _apart(args: Sequence[str]) -> tuple[list[str], list[str]]:
         if arg.startswith("-"):
             name = arg.partition("=")[0]
             if name in _OF_ONE_RUN:
-                raise ValueError(f"{name} belongs to one run, not to all of a grid: pass --seeds or --output.")
+                raise ValueError(
+                    f"{name} belongs to one run, not to all of a grid: pass --seeds or --output."
+                )
             into = own if name in _OWN else options
         into.append(arg)
     return own, options

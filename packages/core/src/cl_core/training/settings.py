@@ -230,9 +230,23 @@ def is_beside(path: str) -> bool:
     return path in _BESIDE or path.partition(".")[0] in _BESIDE
 
 
-def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted name and both values of what two configurations, or two :func:`settings_of`, both name and say otherwise."""
-    return _differences("", began, now)
+def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted names and values of what two configurations, or two :func:`settings_of`, both have and not the same.
+
+    Args:
+        before: one of them, or of its groups or described objects.
+        after: the other one.
+        path: dotted name of both.
+    """
+    for name in before:
+        if name not in after:
+            continue
+        inner, one, other = joined(path, name), before[name], after[name]
+        group = not path and isinstance(one, Mapping) and isinstance(other, Mapping)
+        if group or name == "init_args" or (_is_object(one) and _is_object(other)):
+            yield from differences(one, other, inner)
+        elif one != other or (inner in _KIND_COUNTS and type(one) is not type(other)):
+            yield inner, one, other
 
 
 def joined(path: str, name: str) -> str:
@@ -260,19 +274,6 @@ def with_changes(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> dic
     """Settings or a configuration with what :func:`changes` found, where they name it."""
     updated: dict[str, Any] = _updated("", settings, changed)
     return updated
-
-
-def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Of two configurations, groups of settings or described objects: what both name and is not the same."""
-    for name in before:
-        if name not in after:
-            continue
-        inner, one, other = joined(path, name), before[name], after[name]
-        group = not path and isinstance(one, Mapping) and isinstance(other, Mapping)
-        if group or name == "init_args" or (_is_object(one) and _is_object(other)):
-            yield from _differences(inner, one, other)
-        elif one != other or (inner in _KIND_COUNTS and type(one) is not type(other)):
-            yield inner, one, other
 
 
 def _named(path: str, value: Any) -> Iterator[tuple[str, Any]]:

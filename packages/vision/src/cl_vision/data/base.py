@@ -50,10 +50,10 @@ def stratified_split(labels: Tensor, fraction: float, *, seed: int) -> tuple[Ten
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Refuse numbers of images below 1."""
+    """Refuse anything but a number of images, or None for all."""
     for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be >= 1, or None for all images, got {size}.")
+        if size is not None:
+            _checks.count(name, size)
 
 
 class ImageData(Data):
