@@ -11,6 +11,7 @@ from cl_core.testing import check_method
 from cl_core.training.artifacts import export_method, load_export
 from cl_vision.cli import main
 from cl_vision.data import Views
+from cl_vision.data.subsets import write_rows
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import Classifier
 
@@ -141,6 +142,16 @@ def test_it_starts_from_what_another_method_has_learnt(tmp_path, monkeypatch, ca
         in said
     )
     assert said.count("\n") == 1 and not Path("third").exists()
+
+
+def test_a_run_on_listed_rows_is_resumed_from_another_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows("rows.txt", torch.arange(200))
+    rows = ["--data.subset=IndexFile", "--data.subset.path=rows.txt", "--monitor.knn_every_epochs=null"]
+    assert run("--config", "finetune/digits", *SMALL.split(), *rows, "--run_dir=few") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["fit", "--resume", "../few", "--trainer.max_steps=6"]) == 0, capsys.readouterr().err
 
 
 def test_a_run_is_judged_on_other_data_and_keeps_its_own_metrics(tmp_path, monkeypatch, capsys, write_image):

@@ -371,8 +371,10 @@ def test_fashion_mnist_layouts(fashion, folder, packed):
     few = FashionMNIST(root=root, train_size=6, test_size=3, validation=0.0)
     assert torch.equal(few.splits["train"][0].images, data.splits["train"][0].images[:6])
     assert len(few.evaluation_dataset("test")) == 3
-    with pytest.raises(ValueError, match="train_size must be >= 1, or None for all images, got 0"):
+    with pytest.raises(ValueError, match="train_size must be at least 1, got 0"):
         FashionMNIST(root=root, train_size=0)
+    with pytest.raises(TypeError, match="test_size must be an integer, got float"):
+        FashionMNIST(root=root, test_size=2.5)
 
 
 def test_fashion_mnist_agrees_with_torchvision(fashion):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from cl_core.losses import DCLLoss
@@ -68,6 +69,22 @@ class Stores(Foreign):
         self.width = width
 
 
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LazyConv2d(4, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(6)
+        )
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+class Branching(nn.Module):
+    def forward(self, images):
+        return images.flatten(1) if images.mean() > 0 else -images.flatten(1)
+
+
 class Returns(nn.Module):
     def __init__(self, value: str = "map") -> None:
         super().__init__()
@@ -125,6 +142,25 @@ def test_an_export_comes_back_again_and_again(make, tmp_path):
     assert create_encoder(pretrained_path=tmp_path / "1").dim == 6
 
 
+@pytest.mark.parametrize("dim", [None, 6])
+def test_a_lazy_network_gets_its_weights_at_once(tmp_path, dim):
+    method = simclr(ModuleEncoder(Lazy(), in_channels=1, dim=dim)).eval()
+    assert sum(parameter.numel() for parameter in method.encoder.parameters()) == 66
+    loaded = load_export(export_method(method, tmp_path))
+    assert loaded.encoder.dim == 6
+    assert torch.equal(loaded.embed(images()), method.embed(images()))
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_what_no_program_can_do_is_one_sentence(tmp_path, suffix):
+    branching = ModuleEncoder(Branching(), in_channels=1)
+    said = "ModuleEncoder cannot be written as a program for any number of images: "
+    with pytest.raises(ValueError, match=said) as caught:
+        export_encoder(branching, tmp_path / f"encoder.{suffix}", image_size=8, channels=1)
+    assert "\n" not in str(caught.value) and branching.training
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_encoder_goes_into_other_programs(tmp_path):
     path = export_encoder(encoder(), tmp_path / "encoder.pt2", image_size=8, channels=1)
     assert path.is_file()
@@ -149,7 +185,11 @@ def test_the_encoder_goes_into_other_programs(tmp_path):
         ),
         (
             lambda: ModuleEncoder(Returns("rows"), dim=4)(torch.ones(4, 3, 8, 8)),
-            r"got torch.float32 of shape \(4, 3\)",
+            r"got torch.float32 of shape \(4, 3\): pass --model.encoder.image_size 8, or another --model.encoder.dim",
+        ),
+        (
+            lambda: ModuleEncoder(Lazy(), in_channels=1, dim=5),
+            r"Lazy must return .* of shape \(2, 5\) for 2 images, got torch.float32 of shape \(2, 6\)",
         ),
         (lambda: encoder(dim=0), "dim must be at least 1, got 0"),
         (
@@ -168,6 +208,8 @@ def test_bad_input_gets_one_sentence(make, said):
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got str"):
         ModuleEncoder("my.Net")
+    with pytest.raises(TypeError, match="arguments must be a dict or None, got list"):
+        ModuleEncoder(Foreign(3), in_channels=1, arguments=[3])
 
 
 def test_without_its_arguments_it_is_not_exported(tmp_path):
@@ -237,6 +279,55 @@ def test_reading_a_run_imports_only_what_was_asked_for(package, tmp_path):
     said = done.stderr.splitlines()
     assert len(said) == 4
     assert all("other_nets" in line and "--import other_nets" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "said"),
+    [
+        (
+            {
+                "module": {
+                    "class_path": "torchvision.transforms.v2.Lambda",
+                    "init_args": {"lambd": "planted_nets.act"},
+                }
+            },
+            "names 'planted_nets', which is not imported",
+        ),
+        (
+            {
+                "module": {
+                    "class_path": "torchvision.transforms.v2.Lambda",
+                    "init_args": {"lambd": "textwrap.dedent"},
+                }
+            },
+            "of the standard library",
+        ),
+        (
+            {
+                "module": {"class_path": "torch.nn.Flatten"},
+                "arguments": {
+                    "start_dim": {"class_path": "subprocess.Popen", "init_args": {"args": ["false"]}}
+                },
+            },
+            "names 'subprocess.Popen' of the standard library",
+        ),
+    ],
+)
+def test_functions_and_programs_that_a_run_names_are_left_alone(package, tmp_path, capsys, encoder, said):
+    """A network may take functions, or anything: what a file says of them is neither imported nor called."""
+    package("planted_nets", "Net")
+    (tmp_path / "planted_nets.py").write_text("raise SystemExit('ran')")
+    init_args = {
+        "encoder": {"class_path": "ModuleEncoder", "init_args": encoder},
+        "loss": {"class_path": "DCLLoss"},
+    }
+    config = {"model": {"class_path": "SimCLR", "init_args": init_args}, "data": {"class_path": "Digits"}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--resume", "run"]) == 2
+    found = capsys.readouterr().err
+    assert said in found and found.count("\n") == 1
+    assert "planted_nets" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,17 @@ def test_rows_from_a_file(tmp_path):
     assert IndexFile(path).select(ROWS, LABELS).tolist() == [8, 9]
 
 
+def test_every_row_of_the_source_may_be_listed(tmp_path):
+    """Also when the last ones are held out, as of the digits."""
+    write_rows(tmp_path / "rows.txt", torch.arange(1797))
+    data = Digits(subset=IndexFile(tmp_path / "rows.txt"))
+    assert len(data.train_dataset()) == len(Digits().train_dataset())
+    with (tmp_path / "rows.txt").open("a") as file:
+        file.write("1797\n")
+    with pytest.raises(ValueError, match="lists row 1797, but there are rows 0 to 1796 only"):
+        data.train_dataset()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -78,7 +89,7 @@ def test_refusals(tmp_path):
         Fraction(1.5)
     with pytest.raises(ValueError, match="ratio must be at least 1"):
         ExponentialImbalance(0.5)
-    with pytest.raises(NotImplementedError, match=r"must define select\(rows, labels\)"):
+    with pytest.raises(NotImplementedError, match=r"must define select\(rows, labels, total\)"):
         Subset().select(ROWS, LABELS)
 
 

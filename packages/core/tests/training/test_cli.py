@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -450,6 +451,25 @@ def test_a_classifier_of_other_classes_is_left_out(command):
     assert Path("own/metrics.json").read_text() == before
 
 
+def test_its_classes_are_known_before_a_run_ends_and_to_an_export_alone(command, tiny, monkeypatch):
+    def after_step(self, progress):
+        if progress.step == 7:
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(tiny.TinyClassifier, "after_step", after_step)
+        command("fit", "--config", "tiny/quick", "--model", "TinyClassifier", "--run_dir", "cut")
+    shutil.copytree("cut", "apart")
+    assert command("fit", "--resume", "apart")[0] == 0
+    shutil.move("apart/export", "export")
+    for place in ("cut", "export"):
+        for data, shown in (("TinyData", True), ("OtherData", False)):
+            options = ("--evaluation.neighbours=[5]", "--evaluation.regularizations=[0.01]")
+            status, out, err = command("test", "--ckpt", place, "--data", data, *options)
+            assert (status, err, ", classifier" in out) == (0, "", shown)
+            assert ("it tells a, b, c, ... (4 classes) apart" in out) != shown
+
+
 def test_reproduce_and_compare_show_the_classifier_where_there_is_one(command):
     grid = GRID.replace("seeds: [0, 1]", "seeds: [0]\nmetrics: [classifier, knn]")
     Path("grid.yaml").write_text(grid.replace("{model.encoder.width: 4}", "{model: TinyClassifier}"))
@@ -686,6 +706,77 @@ def test_reproduce_refuses_a_folder_of_other_settings(command):
     assert "out/b-narrow-seed0 holds a run of other settings" in err
 
 
+def test_reproduce_refuses_before_it_trains_and_mixes_nothing(command, tiny, monkeypatch):
+    """A configuration that has changed on the disk is another one, as are options; workers are no part of it."""
+    Path("own.yaml").write_text(QUICK)
+    Path("grid.yaml").write_text(GRID.replace("config: tiny/quick, over", "config: own.yaml, over"))
+    assert command("reproduce", "grid.yaml", "--output", "out", "--seeds=[0]")[0] == 0
+    table = Path("out/results.json").read_text()
+    shutil.rmtree("out/a-wide-seed0")  # the run that would come first
+    trained = []
+    monkeypatch.setattr(tiny.TinyMethod, "after_step", lambda self, progress: trained.append(progress))
+    for options, words in (
+        (["--optimization.lr=0.5"], "optimization.lr was 0.01 and is 0.5 now"),
+        (["--trainer.max_epochs=3"], "trainer.max_epochs was 2 and is 3 now"),
+        (["--data.size=40"], "data.size was 44 and is 40 now"),
+    ):
+        status, _, err = command("reproduce", "grid.yaml", *options, "--output", "out")
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"out/b-narrow-seed0 holds a run of other settings, {words}: choose another --output" in err
+    Path("own.yaml").write_text(QUICK.replace("lr: 0.01", "lr: 0.02"))
+    status, _, err = command("reproduce", "grid.yaml", "--output", "out")
+    assert (status, "optimization.lr was 0.01 and is 0.02 now" in err) == (2, True)
+    assert not trained and not Path("out/a-wide-seed0").exists()
+    assert Path("out/results.json").read_text() == table
+    Path("own.yaml").write_text(QUICK)
+    options = ["--data.num_workers=1", "--trainer.tensorboard=false"]
+    assert command("reproduce", "grid.yaml", *options, "--output", "out", "--seeds=[0]")[0] == 0
+    assert len(trained) == 10
+
+
+def test_reproduce_leaves_no_run_to_a_grid_of_other_options(command, tiny, monkeypatch):
+    """Another process, of other options, begins the first run while this one loads, and dies."""
+    Path("grid.yaml").write_text(GRID.replace("seeds: [0, 1]", "seeds: [0]"))
+    assert command("reproduce", "grid.yaml", "--output", "other", "--optimization.lr=0.5")[0] == 0
+    plain = tiny.TinyData.set_seed
+
+    def set_seed(self, seed):
+        if not Path("out/a-wide-seed0/config.yaml").is_file():
+            shutil.copytree("other/a-wide-seed0", "out/a-wide-seed0", dirs_exist_ok=True)
+        plain(self, seed)
+
+    monkeypatch.setattr(tiny.TinyData, "set_seed", set_seed)
+    status, _, err = command("reproduce", "grid.yaml", "--output", "out")
+    assert (status, "optimization.lr was 0.5 and is 0.01 now" in err) == (2, True)
+    assert not Path("out/results.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--seed=1", "--run_dir=run", "--resume=run"])
+def test_options_of_one_run_are_refused_for_a_grid(command, option):
+    status, _, err = command("reproduce", "grid", option)
+    assert (status, err.count("\n")) == (2, 1)
+    assert (
+        f"{option.partition('=')[0]} belongs to one run, not to all of a grid: pass --seeds or --output"
+        in err
+    )
+
+
+def test_a_run_begun_before_the_lock_was_had_is_left_alone(command, monkeypatch):
+    plain = RunFolder.create.__func__
+
+    def create(cls, *args, **options):
+        run = plain(cls, *args, **options)
+        shutil.copytree("other", run.path, dirs_exist_ok=True)
+        return run
+
+    assert command("fit", "--config", "tiny/quick", "--run_dir", "other")[0] == 0
+    monkeypatch.setattr(RunFolder, "create", classmethod(create))
+    status, _, err = command("fit", "--config", "tiny/quick", "--optimization.lr=0.5", "--run_dir", "run")
+    assert (status, "run already holds a run" in err) == (2, True)
+    for file in ("config.yaml", "metrics.json", "export/model.safetensors"):
+        assert Path("run", file).read_bytes() == Path("other", file).read_bytes()
+
+
 def test_a_grid_put_right_runs_in_the_same_folder(command):
     Path("grid.yaml").write_text(
         GRID.replace("seeds: [0, 1]", "seeds: [0]").replace("tiny/quick", "tiny/quik")
@@ -707,6 +798,7 @@ def test_a_grid_put_right_runs_in_the_same_folder(command):
             GRID + "metrics: [knn, foo]",
         ),
         "{title: x, seeds: [0], cells: []}",
+        GRID.replace("B, setting: narrow", "a, setting: Wide!"),
     ],
 )
 def test_a_file_that_is_no_grid(command, text):
@@ -727,6 +819,35 @@ def test_a_stored_configuration_imports_nothing(command, tmp_path, monkeypatch):
     assert (status, out) == (2, "")
     assert "planted_module.Planted" in err
     assert "planted_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "encoder", ["planted_path.Planted", '{"class_path": "planted\\u005fpath.Planted"}', "other.yaml"]
+)
+@pytest.mark.parametrize("verb", ["fit --resume run", "test --ckpt run/checkpoints/last.ckpt"])
+def test_a_stored_text_in_place_of_a_class_imports_nothing(
+    command, tiny, tmp_path, monkeypatch, encoder, verb
+):
+    """The parser takes a path, a configuration as text, or a file of one for the class itself."""
+    command("fit", "--config", "tiny/quick", "--run_dir", "run")
+    (tmp_path / "planted_path.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("other.yaml").write_text("class_path: planted_path.Planted\n")
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    config["model"]["init_args"]["encoder"] = encoder
+    Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    status, _, err = command(*verb.split())
+    assert (status, err.count("\n"), "planted_path" in sys.modules) == (2, 1, False)
+    assert err.endswith("if you trust it, pass --import planted_path.\n")
+
+
+def test_a_stored_configuration_that_names_another_is_refused(command):
+    command("fit", "--config", "tiny/quick", "--run_dir", "run")
+    with Path("run/config.yaml").open("a") as file:
+        file.write("config: other.yaml\n")
+    Path("other.yaml").write_text("model: {class_path: planted_module.Planted}\n")
+    status, _, err = command("fit", "--resume", "run")
+    assert (status, "the stored configuration names another one" in err) == (2, True)
 
 
 def test_a_configuration_of_other_things_is_named(command):
@@ -777,6 +898,19 @@ def run_of(path, *, width=8, seed=0, accuracy=0.5, finished=True):
     trained = {"knn": accuracy, "linear": accuracy + 0.1}
     (path / "metrics.json").write_text(json.dumps({"trained": trained, "finished": finished}))
     return path
+
+
+def test_compare_tells_a_moving_average_from_the_weights_themselves(command):
+    for seed in (0, 1):
+        for name, monitor in (
+            ("plain", {"moving_average": None, "scores": True}),
+            ("mean", {"moving_average": 0.9}),
+        ):
+            settings = run_of(Path(f"runs/{name}-{seed}"), seed=seed) / "settings.json"
+            settings.write_text(json.dumps(json.loads(settings.read_text()) | {"monitor": monitor}))
+    status, out, err = command("compare", "runs")
+    assert (status, err) == (0, "")
+    assert "| moving_average 0.9 | 0, 1 |" in out and "| moving_average None | 0, 1 |" in out
 
 
 def test_compare_has_intervals_over_seeds_and_paired_differences(command, domain, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchvision.models import resnet
 
 from cl_core import _checks, plugins
@@ -253,7 +254,7 @@ class ModuleEncoder(Encoder):
 
     Args:
         module: the network; on the command line its class by import path, and the arguments of that.
-        dim: number of features; None looks at what two black images give.
+        dim: number of features; None looks at what two black images give, as is done for lazy modules too.
         in_channels: channels of the images.
         image_size: height and width of these two images, which are all that it is for.
         arguments: what ``module`` was built with, by name, for an export. None where the module stores each argument as
@@ -283,23 +284,28 @@ class ModuleEncoder(Encoder):
             if value is not None or name != "dim":
                 _checks.count(name, value)  # type: ignore[arg-type]
         if arguments is not None:
+            if not isinstance(arguments, dict):
+                raise TypeError(f"arguments must be a dict or None, got {type(arguments).__name__}.")
             try:
                 inspect.signature(type(module)).bind(**arguments)
             except TypeError as error:
                 raise ValueError(f"arguments must be those of {type(module).__name__}: {error}.") from None
             note_arguments(module, arguments)
         self.module, self.in_channels, self.image_size, self.arguments = module, in_channels, image_size, None
-        self.dim = self._found_dim() if dim is None else dim
+        lazy = any(
+            map(is_lazy, (*module.parameters(), *module.buffers()))
+        )  # has no weights before it sees images
+        self.dim = self._found_dim(dim) if dim is None or lazy else dim
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of images (N, in_channels, H, W), shape (N, dim)."""
         _check_images(images, channels=self.in_channels)
         features = self.module(images)
-        self._check(features, images.shape[0], self.dim)
+        self._check(features, images, self.dim)
         return features  # type: ignore[no-any-return]
 
-    def _found_dim(self) -> int:
-        """Columns of the features of two black images; modes and statistics stay as they are."""
+    def _found_dim(self, dim: int | None) -> int:
+        """Columns of the features of two black images, ``dim`` if given; modes and statistics stay as they are."""
         like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
         images = torch.zeros(
             2, self.in_channels, self.image_size, self.image_size, device=like.device, dtype=like.dtype
@@ -318,20 +324,22 @@ class ModuleEncoder(Encoder):
         finally:
             for part, mode in modes.items():
                 part.training = mode
-        self._check(features, 2, None)
+        self._check(features, images, dim)
         return int(features.shape[1])
 
-    def _check(self, features: Any, rows: int, dim: int | None) -> None:
+    def _check(self, features: Any, images: Tensor, dim: int | None) -> None:
         """Refuse anything but floating-point rows, one an image."""
-        found = type(features).__name__
+        found, hint, rows = type(features).__name__, "", images.shape[0]
         if isinstance(features, Tensor):
-            numbers = features.is_floating_point() and features.ndim == 2
-            if numbers and features.shape[0] == rows and dim in (None, features.shape[1]):
+            numbers = features.is_floating_point() and features.ndim == 2 and features.shape[0] == rows
+            if numbers and dim in (None, features.shape[1]):
                 return
             found = f"{features.dtype} of shape {tuple(features.shape)}"
+            if numbers:
+                hint = f": pass --model.encoder.image_size {images.shape[2]}, or another --model.encoder.dim"
         raise ValueError(
             f"{type(self.module).__name__} must return floating-point features of shape ({rows}, {dim or 'dim'}) for "
-            f"{rows} images, got {found}."
+            f"{rows} images, got {found}{hint}."
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -61,8 +63,8 @@ def export_encoder(
         The path written.
 
     Raises:
-        ValueError: for another format, if a library is missing, or if the written program computes something else; then
-            nothing is written.
+        ValueError: for another format, if a library is missing, if torch makes no program of the network, or if the
+            written one computes something else; then nothing is written.
     """
     _checks.count("image_size", image_size)
     _checks.count("channels", channels)
@@ -74,19 +76,21 @@ def export_encoder(
     try:
         example = torch.rand(2, channels, image_size, image_size, device=parameter.device)
         with torch.no_grad():
-            program = torch.export.export(
-                model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
-            )
+            with _in_one_line(encoder):
+                program = torch.export.export(
+                    model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
+                )
             judged = torch.rand(3, channels, image_size, image_size, device=parameter.device)
             expected = model(judged)
 
         @torch.no_grad()
         def write(temporary: Path) -> None:
-            found = (
-                _write_onnx(program, temporary, judged)
-                if kind == "onnx"
-                else _write_pt2(program, temporary, judged)
-            )
+            with _in_one_line(encoder):
+                found = (
+                    _write_onnx(program, temporary, judged)
+                    if kind == "onnx"
+                    else _write_pt2(program, temporary, judged)
+                )
             error = float((found.to(expected.device) - expected).abs().max())
             if not error <= _TOLERANCE * float(expected.abs().max().clamp_min(1)):
                 raise ValueError(
@@ -97,6 +101,21 @@ def export_encoder(
         return write_atomically(path, write)
     finally:
         encoder.train(mode)
+
+
+@contextmanager
+def _in_one_line(encoder: Encoder) -> Iterator[None]:
+    """What a network does that a program cannot, such as to branch on its images, is said at length by torch."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"{type(encoder).__name__} cannot be written as a program for any number of images: "
+            f"{type(error).__name__}: {said}."
+        ) from error
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path, judged: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ class _UnknownClass(ValueError):
     """What an export may not name."""
 
 
-def export_method(method: Method, folder: str | Path) -> Path:
+def export_method(method: Method, folder: str | Path, *, class_names: Sequence[str] | None = None) -> Path:
     """Write a method as ``config.json`` and ``model.safetensors``.
 
     Args:
         method: to export; every constructor argument is stored under its own name (the loss as
             ``criterion``) and is a plain value or a module for which the same holds.
         folder: where to write.
+        class_names: that the columns of its own classifier's scores speak for; None where there are none.
 
     Returns:
         The folder.
@@ -55,6 +56,8 @@ def export_method(method: Method, folder: str | Path) -> Path:
     """
     folder = make_folder(folder)
     config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": describe(method)}
+    if class_names is not None:
+        config["class_names"] = list(class_names)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in method.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": FORMAT}))
     config["weights"] = {"file": WEIGHTS, "sha256": _digest(folder / WEIGHTS)}
@@ -258,7 +261,8 @@ def _arguments(built: Any, name: str, anybodys: bool) -> dict[str, Any]:
         return {key: describe(value, name=f"{name}.{key}") for key, value in built.hyperparameters().items()}
     for parameter in list(inspect.signature(owner.__init__).parameters.values())[1:]:  # type: ignore[misc]
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"{name} is a {kind.__name__}, whose arguments are not all named.")
+            hint = ": put it into a module of your own, whose arguments are" if anybodys else ""
+            raise TypeError(f"{name} is a {kind.__name__}, whose arguments are not all named{hint}.")
         attribute = parameter.name
         if not hasattr(built, attribute) or inspect.ismethod(getattr(built, attribute)):
             attribute = _ALIASES.get(attribute, attribute)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 
 from cl_core.method import Method
 from cl_core.training import artifacts
@@ -24,7 +25,7 @@ from cl_core.training.fitting import FitResult, fit, weights_of
 from cl_core.training.optimization import Optimization
 from cl_core.training.parsing import Parser
 from cl_core.training.run import RunFolder
-from cl_core.training.settings import Monitoring, TrainerOptions, brief, changes, data_settings
+from cl_core.training.settings import Monitoring, TrainerOptions, brief, changes, data_settings, placed
 
 _NOT_KEPT = ("config", "resume", "run_dir", "debug", "import", "print_config")
 
@@ -71,24 +72,7 @@ def fit_command(domain: Domain, args: list[str]) -> None:
 
 def fit_from(domain: Domain, args: list[str]) -> FitResult:
     """Train as ``fit`` does with these arguments, without printing the result."""
-    parser = Parser(domain, "fit")
-    parser.add_config()
-    parser.add_model()
-    parser.add_data()
-    parser.add_settings(
-        optimization=Optimization,
-        trainer=TrainerOptions,
-        checkpoint=Checkpointing,
-        monitor=Monitoring,
-        evaluation=Evaluation,
-    )
-    add = parser.parser.add_argument
-    add("--seed", type=int, default=0, help="of weights, order and augmentations")
-    add("--run_dir", type=str, default=None, help="run folder; default runs/<config>-<number>")
-    add("--resume", type=str, default=None, help="run folder to continue")
-    add("--init_from", type=str, default=None, help="run, export or checkpoint whose weights to start from")
-    add("--gradient_cache_chunk", type=int | None, default=None, help="rows encoded at a time; default all")
-    add("--debug", action="store_true", help="show where an error came from")
+    parser = _fit_parser(domain)
     resume, rest = _without_option(args, "--resume")
     if resume == "":
         raise ValueError("--resume must name a run folder, got an empty text.")
@@ -124,6 +108,34 @@ def fit_from(domain: Domain, args: list[str]) -> FitResult:
         artist=_load(domain.artist),
         package=domain.distribution,
     )
+
+
+def planned(domain: Domain, args: list[str]) -> dict[str, Any]:
+    """The configuration that ``fit`` would begin a run with, as its folder would hold it."""
+    parser = _fit_parser(domain)
+    return placed(yaml.safe_load(parser.dump(parser.parse(args), without=_NOT_KEPT)))
+
+
+def _fit_parser(domain: Domain) -> Parser:
+    parser = Parser(domain, "fit")
+    parser.add_config()
+    parser.add_model()
+    parser.add_data()
+    parser.add_settings(
+        optimization=Optimization,
+        trainer=TrainerOptions,
+        checkpoint=Checkpointing,
+        monitor=Monitoring,
+        evaluation=Evaluation,
+    )
+    add = parser.parser.add_argument
+    add("--seed", type=int, default=0, help="of weights, order and augmentations")
+    add("--run_dir", type=str, default=None, help="run folder; default runs/<config>-<number>")
+    add("--resume", type=str, default=None, help="run folder to continue")
+    add("--init_from", type=str, default=None, help="run, export or checkpoint whose weights to start from")
+    add("--gradient_cache_chunk", type=int | None, default=None, help="rows encoded at a time; default all")
+    add("--debug", action="store_true", help="show where an error came from")
+    return parser
 
 
 def test_command(domain: Domain, args: list[str]) -> None:
@@ -214,8 +226,7 @@ def _judge(domain: Domain, args: list[str], split: Split) -> None:
 
 def _other_classes(trained: Trained) -> str:
     """Why the columns of a classifier's scores do not speak for the classes of these data; empty if nothing says so."""
-    known = trained.run.read_metrics().get("class_names") if trained.run is not None else None
-    names = trained.data.class_names
+    known, names = trained.class_names, trained.data.class_names
     if known is None or names is None or known == (here := [str(name) for name in names]):
         return ""
     return f"it tells {_listed(known)} apart, these data have {_listed(here)}"
@@ -247,6 +258,7 @@ class Trained:
     evaluation: Evaluation
     run: RunFolder | None
     other: str  # in what it is not the run's own result on its own data; empty if it is
+    class_names: list[str] | None  # that its own classifier tells apart, where that is known
 
 
 def load_trained(domain: Domain, parser: Parser, args: list[str]) -> Trained:
@@ -265,14 +277,16 @@ def load_trained(domain: Domain, parser: Parser, args: list[str]) -> Trained:
     if config.data is None:
         raise ValueError(f"{ckpt} does not say which data it belongs to: pass --data CLASS.")
     result = run.result if run is not None and run.path == place else place
+    known = {} if run is None else run.read_metrics()
     if result is not None and artifacts.is_export(result):
         method = artifacts.load_export(result)
+        known = known if run is not None else artifacts.read_export_config(result)
     else:
         method = _from_checkpoint(domain, stored, ckpt)
     built = parser.instantiate(config)
     built.data.set_seed(int(stored.get("seed", 0)))
     other = "" if run is None else _other(run, result, built)
-    return Trained(config, method, built.data, built.evaluation, run, other)
+    return Trained(config, method, built.data, built.evaluation, run, other, known.get("class_names"))
 
 
 def _other(run: RunFolder, result: Path | None, built: Any) -> str:
@@ -306,7 +320,7 @@ def _model_of(source: str) -> Any:
     place = Path(source)
     run = RunFolder.around(place)
     if run is not None:
-        return run.read_config()["model"]
+        return run.read_config().get("model")
     if not artifacts.is_export(place):
         raise FileNotFoundError(
             f"{source} is neither a run nor an export: name a --model to initialise from it."

@@ -18,22 +18,9 @@ from cl_core.training.evaluating import METRICS, SHOWN
 from cl_core.training.files import make_folder, sentence, to_json, write_atomically
 from cl_core.training.recording import MetricsTable
 from cl_core.training.run import RunFolder
+from cl_core.training.settings import is_beside, joined
 
 _LEVEL = 0.95
-_BESIDE = (  # what does not make a run another one
-    "seed",
-    "checkpoint",
-    "monitor",
-    "data.root",
-    "data.num_workers",
-    "global_batch_size",  # follows from the batch size and the processes, which are named
-    "evaluation.batch_size",
-    "evaluation.baselines",
-    "trainer.accelerator",
-    "trainer.progress_bar",
-    "trainer.tensorboard",
-    "trainer.deterministic",
-)
 
 
 @dataclass(frozen=True)
@@ -215,8 +202,8 @@ def _without_beside(path: str, settings: Any) -> Any:
         return settings
     kept = {}
     for name, value in settings.items():
-        inner = path if name == "init_args" else f"{path}.{name}".lstrip(".")
-        if inner not in _BESIDE:
+        inner = joined(path, name)
+        if not is_beside(inner):
             kept[name] = _without_beside(inner, value)
     return kept
 

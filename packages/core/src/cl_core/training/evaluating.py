@@ -240,6 +240,11 @@ def evaluate(
     return found | classifier_accuracies(method, data, settings, device=device, judged=judged)
 
 
+def has_classifier(method: Method) -> bool:
+    """Whether a method defines :meth:`~cl_core.method.Method.classify`."""
+    return type(method).classify is not Method.classify
+
+
 def classifier_accuracies(
     method: Method,
     data: Data,
@@ -264,7 +269,7 @@ def classifier_accuracies(
     Raises:
         ValueError: if the scores are not of shape (N, C).
     """
-    if type(method).classify is Method.classify:
+    if not has_classifier(method):
         return {}
     size, shares = (settings or Evaluation()).batch_size, {}
     with in_evaluation(method, device):

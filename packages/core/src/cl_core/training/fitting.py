@@ -40,6 +40,7 @@ from cl_core.training.evaluating import (
     embed_split,
     evaluate,
     evaluate_raw,
+    has_classifier,
     has_labels,
 )
 from cl_core.training.files import sentence
@@ -123,6 +124,12 @@ class _Task:
     artist: Artist | None
     package: str
     judged: Evaluation | None = None  # how to evaluate, where the data turn out to have labels
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """What the columns of the method's own classifier's scores speak for; None without one."""
+        names = self.data.class_names if has_classifier(self.method) else None
+        return None if names is None else [str(name) for name in names]
 
     @property
     def device(self) -> str:
@@ -254,8 +261,9 @@ def fit(
         settings, asked = with_changes(run.read_settings(), changed), with_changes(run.read_config(), changed)
     initial = _initial_weights(task, run)
     name = name or f"{type(method).__name__}-{type(data).__name__}".lower()
+    resumed = run is not None
     run = run or RunFolder.create(name, run_dir=run_dir, processes=processes)
-    return _fit_in(run, task, lit, asked, settings, initial)
+    return _fit_in(run, task, lit, asked, settings, initial, resumed=resumed)
 
 
 def _initial_weights(task: _Task, run: RunFolder | None) -> dict[str, Tensor] | None:
@@ -273,6 +281,8 @@ def _fit_in(
     asked: Mapping[str, Any],
     settings: Mapping[str, Any],
     initial: dict[str, Tensor] | None,
+    *,
+    resumed: bool,
 ) -> FitResult:
     """Train and evaluate in a run folder, new or resumed."""
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
@@ -282,7 +292,8 @@ def _fit_in(
         run.announced(),
         _interruption_explained(run),
     ):
-        resumed = run.config.is_file()
+        if rank == 0 and not resumed:
+            run.check_free()  # once more: another process may have begun there before the lock was ours
         restore = run.snapshot()
         try:
             if rank == 0:
@@ -291,6 +302,8 @@ def _fit_in(
                 if run.finished:
                     run.reopen()
                 _measure_baselines(run, task)
+                if (names := task.class_names) is not None:
+                    run.write_metrics(class_names=names)
             if initial is not None:
                 kept = artifacts.initialise(task.method, initial, source=str(task.init_from))
                 if rank == 0:
@@ -398,7 +411,7 @@ def _measure_baselines(run: RunFolder, task: _Task) -> None:
 def _conclude(run: RunFolder, lit: LitMethod, task: _Task, table: MetricsTable) -> FitResult:
     """Export the trained method, evaluate it, draw, and mark the run as finished."""
     method = task.method
-    artifacts.export_method(method, run.export)
+    artifacts.export_method(method, run.export, class_names=task.class_names)
     embeddings: dict[str, Embedding] = {}
     entries: dict[str, Any] = {"steps": lit.steps_done, "seed": task.seed}
     if task.judged is not None:
@@ -411,8 +424,6 @@ def _conclude(run: RunFolder, lit: LitMethod, task: _Task, table: MetricsTable) 
         method.to("cpu")
         train, validation, test = embeddings.values()
         entries["trained"] = accuracies(train, validation, test, task.judged) | own
-        if own and (names := task.data.class_names) is not None:
-            entries["class_names"] = [str(name) for name in names]  # that the columns of its scores speak for
     metrics = run.write_metrics(**entries, train=table.rows[-1] if table.rows else {})
     if task.artist is not None:
         try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from importlib import import_module
+from importlib.metadata import requires
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -90,17 +93,28 @@ class Parser:
         """Parse arguments on top of a configuration that a run or an export holds.
 
         Raises:
-            ValueError: in one sentence; also for a class of a module that is not loaded: reading what somebody sent
-                must not import, which runs code.
+            ValueError: in one sentence; also if the configuration names what is not imported, or is of the standard
+                library: reading what somebody sent must not run code.
         """
-        for path in _class_paths(config):
-            module = path.rpartition(".")[0]
-            if module and module not in sys.modules:
-                raise ValueError(
-                    f"the stored configuration names {path!r}, which is not a registered class; if you trust it, pass "
-                    f"--import {module}."
-                )
+        self._check_stored(config)
         return self._parse([f"--config={yaml.safe_dump(config)}", *self._resolved(args)])
+
+    def _check_stored(self, config: dict[str, Any]) -> None:
+        """Parse what a stored configuration says of classes by itself, while nothing that it names can be imported."""
+        if "config" in config:
+            raise ValueError("the stored configuration names another one, which none that a run wrote does.")
+        alone = Parser(self.domain, "", parts=self.parts)
+        alone.add_config()
+        alone.add_model()
+        alone.add_data()
+        classes = {name: config[name] for name in ("model", "data") if config.get(name) is not None}
+        text = yaml.safe_dump(classes)
+        for path in _class_paths(classes):
+            _check_imported(path)
+        with _importing_nothing(text):
+            parsed = alone._parse([f"--config={text}"])
+        for path in _class_paths(parsed.as_dict()):
+            _check_imported(path)
 
     def _resolved(self, args: Sequence[str]) -> list[str]:
         """The arguments, what others stand on top of first: configurations, then classes, then their arguments."""
@@ -257,7 +271,7 @@ def _is_config(group: Sequence[str]) -> bool:
 
 
 def _class_paths(config: Any) -> Iterator[str]:
-    """Every class that a configuration names."""
+    """Every class that a configuration names, and every function that it was parsed to."""
     if isinstance(config, dict):
         for key, value in config.items():
             if key == "class_path" and isinstance(value, str):
@@ -267,6 +281,65 @@ def _class_paths(config: Any) -> Iterator[str]:
     elif isinstance(config, list | tuple):
         for entry in config:
             yield from _class_paths(entry)
+    elif callable(config) and isinstance(getattr(config, "__module__", None), str):
+        yield f"{config.__module__}.{getattr(config, '__qualname__', type(config).__qualname__)}"
+
+
+def _check_imported(path: str) -> None:
+    """Refuse a path whose module is not imported, or is one of the standard library, which could do anything."""
+    module = path.rpartition(".")[0]
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(
+            f"the stored configuration names {path!r} of the standard library, which is no part of a run."
+        )
+    if module and module not in sys.modules:
+        raise _untrusted(path, module)
+
+
+def _untrusted(path: str, module: str) -> ValueError:
+    return ValueError(
+        f"the stored configuration names {path!r}, which is not imported; if you trust it, pass --import {module}."
+    )
+
+
+@contextlib.contextmanager
+def _importing_nothing(text: str) -> Iterator[None]:
+    """Refuse to import what a text names, and what belongs to no package that is imported already.
+
+    A name may stand wherever the parser takes it for a class or a function: as a text in place of one, in a text that
+    is a configuration in turn, in a file that such a text names.
+    """
+    refused: list[str] = []
+
+    class Guard:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+            package = name.partition(".")[0]
+            if package in sys.stdlib_module_names or package in _helpers():
+                return
+            if package not in sys.modules or re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text):
+                refused.append(name)
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Guard)
+    try:
+        yield
+    except (ValueError, ImportError):
+        if not refused:
+            raise
+    finally:
+        sys.meta_path.remove(Guard)
+    if refused:
+        raise _untrusted(refused[0], refused[0])
+
+
+@cache
+def _helpers() -> frozenset[str]:
+    """Packages that the parser itself may import when it needs them."""
+    return frozenset(
+        re.split(r"[^\w-]", requirement, maxsplit=1)[0].replace("-", "_").lower()
+        for requirement in requires("jsonargparse") or ()
+    )
 
 
 def _option(before: str) -> str:

@@ -28,9 +28,11 @@ from jsonargparse import ArgumentParser
 
 from cl_core import _checks, plugins
 from cl_core.training.cli import Domain
+from cl_core.training.commands import fit_from, planned
 from cl_core.training.evaluating import CLASSIFIER, FEW, METRICS
-from cl_core.training.files import make_folder, read_json, sentence, to_json, write_atomically
+from cl_core.training.files import make_folder, sentence, to_json, write_atomically
 from cl_core.training.run import RunFolder
+from cl_core.training.settings import differences, is_beside
 
 _ENCODERS = ("trained", "untrained", "raw")
 _NONE = "none"
@@ -103,6 +105,11 @@ class Grid:
             for name in ("seeds", "metrics", "cells"):
                 if not getattr(grid, name):
                     raise ValueError(f"{name} must hold at least one entry")
+            folders = [cell.folder(0) for cell in grid.cells]
+            if len(set(folders)) < len(folders):
+                raise ValueError(
+                    "method and setting must name each cell, got two whose runs would share a folder"
+                )
             for metric in grid.metrics:
                 if not metric.startswith(FEW):
                     _checks.choice("metrics", metric, (*METRICS, *CLASSIFIER))
@@ -112,6 +119,7 @@ class Grid:
 
 
 _OWN = ("--output", "--seeds", "--debug", "--help", "-h")
+_OF_ONE_RUN = ("--seed", "--run_dir", "--resume")
 
 
 def reproduce_command(domain: Domain, args: list[str]) -> None:
@@ -141,7 +149,12 @@ def _apart(args: Sequence[str]) -> tuple[list[str], list[str]]:
     into = own
     for arg in args:
         if arg.startswith("-"):
-            into = own if arg.partition("=")[0] in _OWN else options
+            name = arg.partition("=")[0]
+            if name in _OF_ONE_RUN:
+                raise ValueError(
+                    f"{name} belongs to one run, not to all of a grid: pass --seeds or --output."
+                )
+            into = own if name in _OWN else options
         into.append(arg)
     return own, options
 
@@ -171,7 +184,8 @@ def reproduce(
         The table, as Markdown.
 
     Raises:
-        ValueError: for an unknown grid, no seed, or if ``output`` holds a run of other settings.
+        ValueError: for an unknown grid, no seed, or, before anything is trained, for options that a cell does not take,
+            or if ``output`` holds a run of other settings.
     """
     grids = domain.grids()
     if not Path(name).is_file() and name not in grids:
@@ -180,13 +194,20 @@ def reproduce(
     chosen = grid.seeds if seeds is None else tuple(seeds)
     if not chosen:
         raise ValueError("seeds must hold at least one number, got none.")
+    plans = [planned(domain, cell.arguments(chosen[0], options)) for cell in grid.cells]
     folder = make_folder(output)
-    queue = [(cell, seed) for seed in chosen for cell in grid.cells]
+    queue = [
+        (cell, seed, plan, RunFolder(folder / cell.folder(seed)))
+        for seed in chosen
+        for cell, plan in zip(grid.cells, plans, strict=True)
+    ]
+    for _, _, plan, run in queue:
+        _check_plan(run, plan)
     table = ""
-    for place, (cell, seed) in enumerate(queue):
+    for place, (cell, seed, plan, run) in enumerate(queue):
         print(f"[{place + 1}/{len(queue)}] {cell.method}, {cell.setting}, seed {seed}", flush=True)
         try:
-            _run_cell(domain, cell.arguments(seed, options), RunFolder(folder / cell.folder(seed)))
+            _run_cell(domain, cell.arguments(seed, options), plan, run)
         except BlockingIOError as error:  # several processes may share a queue
             print(f"{error.strerror}: left to it", flush=True)
         results = _collect(grid, chosen, folder)
@@ -223,20 +244,27 @@ def markdown(grid: Grid, results: Sequence[Mapping[str, Any]], options: Sequence
     return "\n".join([*lines, *(f"Published, {source}." for source in dict.fromkeys(sources)), ""])
 
 
-def _run_cell(domain: Domain, arguments: list[str], run: RunFolder) -> None:
-    from cl_core.training.commands import fit_from
+def _check_plan(run: RunFolder, plan: Mapping[str, Any]) -> None:
+    """Refuse a run that is there already and was not begun with the configuration of its cell."""
+    if not run.config.is_file():
+        return
+    for path, before, after in differences(run.read_config(), plan):
+        if path == "data.root" or not is_beside(path):
+            raise ValueError(
+                f"{run.path} holds a run of other settings, {path} was {before} and is {after} now: choose another "
+                "--output."
+            )
 
-    asked = run.path / "cell.json"
-    plan = {"arguments": arguments}
-    if run.config.is_file() and (not asked.is_file() or read_json(asked) != plan):
-        raise ValueError(f"{run.path} holds a run of other settings: choose another --output.")
-    write_atomically(asked, to_json(plan))
+
+def _run_cell(domain: Domain, arguments: list[str], plan: Mapping[str, Any], run: RunFolder) -> None:
+    _check_plan(run, plan)
     if run.finished:
         return
     begin, go_on = [*arguments, "--run_dir", str(run.path)], ["--resume", str(run.path)]
     try:
         fit_from(domain, go_on if run.config.is_file() else begin)
     except FileExistsError:  # another process has begun it meanwhile
+        _check_plan(run, plan)
         fit_from(domain, go_on)
 
 

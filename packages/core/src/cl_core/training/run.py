@@ -76,10 +76,7 @@ class RunFolder:
             return cls(run_dir or os.environ.get(_CHILD) or _told(None, processes) or "runs")
         if run_dir is not None:
             run = cls(make_folder(run_dir))
-            if run.config.exists():
-                raise FileExistsError(
-                    f"{run_dir} already holds a run: go on with --resume {run_dir}, or choose another --run_dir."
-                )
+            run.check_free()
         else:
             run = cls(_first_free(make_folder("runs"), re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"))
             _told(str(run.path.resolve()), processes)
@@ -96,6 +93,17 @@ class RunFolder:
         if not run.config.is_file():
             raise FileNotFoundError(f"{path} is not a run: there is no config.yaml in it.")
         return run
+
+    def check_free(self) -> None:
+        """Refuse a folder that holds a run.
+
+        Raises:
+            FileExistsError: if it does.
+        """
+        if self.config.exists():
+            raise FileExistsError(
+                f"{self.path} already holds a run: go on with --resume {self.path}, or choose another --run_dir."
+            )
 
     @contextmanager
     def announced(self) -> Iterator[None]:

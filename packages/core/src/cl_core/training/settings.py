@@ -40,7 +40,17 @@ _MAY_CHANGE = {
     *("data.batch_size", "processes"),  # global_batch_size may not
     "weights",  # where they came from, once a checkpoint holds them
 }
+# They make no other run of it: with the seed, the runs of one setting differ in nothing else.
+_BESIDE = {
+    *("seed", "checkpoint", "data.root", "data.num_workers", "data.download"),
+    *(f"monitor.{name}" for name in ("knn_every_epochs", "knn_rows", "diagnostics_every_epochs")),
+    *(f"monitor.{name}" for name in ("scores", "scores_every", "scores_rows")),
+    *(f"trainer.{name}" for name in ("accelerator", "progress_bar", "tensorboard", "deterministic")),
+    *("evaluation.batch_size", "evaluation.baselines"),
+    "global_batch_size",  # follows from the batch size and the processes, which are named
+}
 _KIND_COUNTS = {"trainer.limit_train_batches"}  # 1 is a batch, 1.0 all of them
+_PLACES = ("root", "path")  # arguments of data, and of what they are made of, that name a folder or a file
 _SHOWN = 500  # characters of a value that nobody reads in full
 
 
@@ -183,10 +193,8 @@ def placed(config: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(config)
     if isinstance(config.get("init_from"), str):
         config["init_from"] = _absolute(config["init_from"])
-    data = config.get("data")
-    if isinstance(data, Mapping) and isinstance((data.get("init_args") or {}).get("root"), str):
-        arguments = data["init_args"]
-        config["data"] = {**data, "init_args": {**arguments, "root": _absolute(arguments["root"])}}
+    if "data" in config:
+        config["data"] = _placed(config["data"])
     return config
 
 
@@ -204,7 +212,7 @@ def changes(began: Mapping[str, Any], now: Mapping[str, Any], *, run: object) ->
         ValueError: for a setting that makes another run of it.
     """
     found = {}
-    for path, before, after in _differences("", began, now):
+    for path, before, after in differences(began, now):
         if path not in _MAY_CHANGE:
             if path == "global_batch_size":
                 path = "data.batch_size"
@@ -215,6 +223,35 @@ def changes(began: Mapping[str, Any], now: Mapping[str, Any], *, run: object) ->
             )
         found[path] = after
     return found
+
+
+def is_beside(path: str) -> bool:
+    """Whether a setting, by its dotted name, leaves a run one of the same setting as others, such as the seed."""
+    return path in _BESIDE or path.partition(".")[0] in _BESIDE
+
+
+def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted names and values of what two configurations, or two :func:`settings_of`, both have and not the same.
+
+    Args:
+        before: one of them, or of its groups or described objects.
+        after: the other one.
+        path: dotted name of both.
+    """
+    for name in before:
+        if name not in after:
+            continue
+        inner, one, other = joined(path, name), before[name], after[name]
+        group = not path and isinstance(one, Mapping) and isinstance(other, Mapping)
+        if group or name == "init_args" or (_is_object(one) and _is_object(other)):
+            yield from differences(one, other, inner)
+        elif one != other or (inner in _KIND_COUNTS and type(one) is not type(other)):
+            yield inner, one, other
+
+
+def joined(path: str, name: str) -> str:
+    """Dotted name of an entry of a group of settings, or of an object's arguments."""
+    return path if name == "init_args" else f"{path}.{name}".lstrip(".")
 
 
 def setting(settings: Mapping[str, Any], name: str) -> Any:
@@ -239,19 +276,6 @@ def with_changes(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> dic
     return updated
 
 
-def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Of two configurations, groups of settings or described objects: what both name and is not the same."""
-    for name in before:
-        if name not in after:
-            continue
-        inner, one, other = _joined(path, name), before[name], after[name]
-        group = not path and isinstance(one, Mapping) and isinstance(other, Mapping)
-        if group or name == "init_args" or (_is_object(one) and _is_object(other)):
-            yield from _differences(inner, one, other)
-        elif one != other or (inner in _KIND_COUNTS and type(one) is not type(other)):
-            yield inner, one, other
-
-
 def _named(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Settings by their dotted names."""
     if not isinstance(value, Mapping):
@@ -261,7 +285,7 @@ def _named(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, str(value["class_path"]).rpartition(".")[2]
     for name, entry in value.items():
         if name != "class_path":
-            yield from _named(_joined(path, name), entry)
+            yield from _named(joined(path, name), entry)
 
 
 def _is_object(value: Any) -> bool:
@@ -270,17 +294,13 @@ def _is_object(value: Any) -> bool:
 
 def _updated(path: str, value: Any, changed: Mapping[str, Any]) -> Any:
     if isinstance(value, Mapping) and path not in changed:
-        return {name: _updated(_joined(path, name), entry, changed) for name, entry in value.items()}
+        return {name: _updated(joined(path, name), entry, changed) for name, entry in value.items()}
     return changed.get(path, value)
 
 
 def _batch(settings: Mapping[str, Any]) -> str:
     rows, processes = settings["global_batch_size"], settings["processes"]
     return f"{rows // processes} on each of {processes} processes" if processes > 1 else str(rows)
-
-
-def _joined(path: str, name: str) -> str:
-    return path if name == "init_args" else f"{path}.{name}".lstrip(".")
 
 
 def _described_data(data: Data) -> dict[str, Any]:
@@ -292,9 +312,8 @@ def _described_data(data: Data) -> dict[str, Any]:
             arguments[name] = as_config(describe(value, name=name))
         except TypeError:  # nothing that can be written down, such as a function: then it counts which
             arguments[name] = _label(value)
-    if isinstance(arguments.get("root"), str):
-        arguments["root"] = _absolute(arguments["root"])
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+    described = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+    return _placed(described)  # type: ignore[no-any-return]
 
 
 def _label(value: Any) -> str:
@@ -305,6 +324,15 @@ def _label(value: Any) -> str:
     shown = repr(value)
     kind = type(value)
     return f"{kind.__module__}.{kind.__qualname__}" if re.search(r" at 0x[0-9a-f]+", shown) else shown
+
+
+def _placed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: _absolute(entry) if name in _PLACES and isinstance(entry, str) else _placed(entry)
+            for name, entry in value.items()
+        }
+    return [_placed(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _absolute(place: str) -> str:

@@ -50,10 +50,10 @@ def stratified_split(labels: Tensor, fraction: float, *, seed: int) -> tuple[Ten
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Refuse numbers of images below 1."""
+    """Refuse anything but a number of images, or None for all."""
     for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be >= 1, or None for all images, got {size}.")
+        if size is not None:
+            _checks.count(name, size)
 
 
 class ImageData(Data):
@@ -141,7 +141,7 @@ class ImageData(Data):
         """Random views of the training images."""
         images, rows = self.splits["train"]
         if self.subset is not None:
-            rows = self.subset.select(rows, images.labels[rows])
+            rows = self.subset.select(rows, images.labels[rows], total=len(images))
         if len(rows) < 2:
             raise ValueError(
                 f"{type(self).__name__} has {len(rows)} training image{'s' * (len(rows) != 1)}, but images are "

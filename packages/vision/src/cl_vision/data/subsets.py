@@ -19,14 +19,15 @@ from cl_core.training.files import write_atomically
 class Subset:
     """Base of every subset."""
 
-    def select(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def select(self, rows: Tensor, labels: Tensor, *, total: int | None = None) -> Tensor:
         """The rows that are kept, ascending.
 
         Args:
             rows: row numbers in the source, shape (N,).
             labels: class of each, shape (N,); -1 where unknown.
+            total: rows of the source, with those held out; None if these are all up to the last.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define select(rows, labels).")
+        raise NotImplementedError(f"{type(self).__name__} must define select(rows, labels, total).")
 
 
 class LinearImbalance(Subset):
@@ -42,7 +43,7 @@ class LinearImbalance(Subset):
         _checks.count("seed", seed, at_least=0)
         self.seed = seed
 
-    def select(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def select(self, rows: Tensor, labels: Tensor, *, total: int | None = None) -> Tensor:
         """The rows that are kept, ascending."""
         return _by_class(rows, labels, lambda place, classes: (place + 1) / classes, self.seed)
 
@@ -62,7 +63,7 @@ class ExponentialImbalance(Subset):
         _checks.count("seed", seed, at_least=0)
         self.ratio, self.seed = ratio, seed
 
-    def select(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def select(self, rows: Tensor, labels: Tensor, *, total: int | None = None) -> Tensor:
         """The rows that are kept, ascending."""
         return _by_class(rows, labels, lambda i, classes: self.ratio ** (-i / max(classes - 1, 1)), self.seed)
 
@@ -82,7 +83,7 @@ class Fraction(Subset):
         _checks.count("seed", seed, at_least=0)
         self.share, self.seed = share, seed
 
-    def select(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def select(self, rows: Tensor, labels: Tensor, *, total: int | None = None) -> Tensor:
         """The rows that are kept, ascending."""
         return _by_class(rows, labels - labels.min(), lambda *_: self.share, self.seed)
 
@@ -99,13 +100,11 @@ class IndexFile(Subset):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
 
-    def select(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def select(self, rows: Tensor, labels: Tensor, *, total: int | None = None) -> Tensor:
         """The rows that are kept, ascending."""
-        listed = self._read()
-        if max(listed) > int(rows.max()):
-            raise ValueError(
-                f"{self.path} lists row {max(listed)}, but there are rows 0 to {int(rows.max())} only."
-            )
+        listed, last = self._read(), int(rows.max()) if total is None else total - 1
+        if max(listed) > last:
+            raise ValueError(f"{self.path} lists row {max(listed)}, but there are rows 0 to {last} only.")
         return rows[torch.isin(rows, torch.tensor(listed))]
 
     def _read(self) -> list[int]:
