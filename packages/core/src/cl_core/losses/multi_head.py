@@ -483,6 +483,9 @@ class AMCLBarlowLoss(_AdaptiveLoss, TwoViewLoss):
         group: process group over which the batch is spread: None, "world" or a process group.
     """
 
+    dim: int
+    heads: int
+
     def __init__(
         self,
         dim: int = 128,
