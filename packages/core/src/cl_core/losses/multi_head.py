@@ -399,7 +399,7 @@ class AMCLLoss(_PairwiseLoss, QueryKeyLoss):
             remedy = "" if self.pooling == "lse" else 'pooling="lse", which parts all negatives, '
             return (
                 f"positives have a mean similarity of {positive:.4f} and hardest negatives of {negative:.4f}, so all "
-                f"rows are nearly one: take {remedy}milder views or a smaller learning rate."
+                f"rows are nearly one: if that lasts, take {remedy}milder views or a smaller learning rate."
             )
         return super().advice(measures)
 
