@@ -345,9 +345,9 @@ def test_the_second_ctrl_c_interrupts_at_once_and_keeps_the_last_checkpoint(tiny
     def after_step(progress):
         after(progress)
         if progress.step == 8:
-            for _ in range(2):
+            for _ in range(2):  # each handled before the next: two that wait together are one
                 os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
+                time.sleep(0.1)
 
     method.after_step = after_step
     with pytest.raises(KeyboardInterrupt):
@@ -477,7 +477,7 @@ AVERAGED = {"monitor": Monitoring(knn_every_epochs=1, moving_average=0.9)}
 
 
 def killed_before_the_export(tiny, monkeypatch, **arguments):
-    def export_method(*_):
+    def export_method(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
