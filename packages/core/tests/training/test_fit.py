@@ -466,7 +466,7 @@ AVERAGED = {"monitor": Monitoring(knn_every_epochs=1, moving_average=0.9)}
 
 
 def killed_before_the_export(tiny, monkeypatch, **arguments):
-    def export_method(*_):
+    def export_method(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
