@@ -350,8 +350,12 @@ def test_the_second_ctrl_c_interrupts_at_once_and_keeps_the_last_checkpoint(tiny
                 time.sleep(0.1)
 
     method.after_step = after_step
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny, run_dir="cut", method=method)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, run_dir="cut", method=method)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     resumed = run(tiny, resume="cut")
     assert resumed.method.calls[1][1].step == 5
     same(run(tiny).method.state_dict(), resumed.method.state_dict())
