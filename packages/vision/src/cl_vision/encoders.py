@@ -292,9 +292,8 @@ class ModuleEncoder(Encoder):
                 raise ValueError(f"arguments must be those of {type(module).__name__}: {error}.") from None
             note_arguments(module, arguments)
         self.module, self.in_channels, self.image_size, self.arguments = module, in_channels, image_size, None
-        lazy = any(
-            map(is_lazy, (*module.parameters(), *module.buffers()))
-        )  # has no weights before it sees images
+        # Lazy modules have no weights before they see images.
+        lazy = any(map(is_lazy, (*module.parameters(), *module.buffers())))
         self.dim = self._found_dim(dim) if dim is None or lazy else dim
 
     def forward(self, images: Tensor) -> Tensor:
