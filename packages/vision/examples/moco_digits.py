@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 from cl_core import losses
 from cl_core.method import Progress
+from cl_core.projectors import MLPProjector
 from cl_core.training import Evaluation, evaluate
 from cl_vision import MoCo
 from cl_vision.data import Digits
 from cl_vision.encoders import SmallConvNet
-from cl_vision.projectors import MLPProjector
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--loss", choices=["InfoNCELoss", "DCLLoss"], default="InfoNCELoss")

@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from cl_core.losses import NegativeCosineSimilarityLoss
+from cl_core.projectors import MLPProjector
 from cl_core.training import Evaluation, evaluate
 from cl_vision import SimSiam
 from cl_vision.data import Digits
 from cl_vision.encoders import SmallConvNet
-from cl_vision.projectors import MLPProjector
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, default=60)

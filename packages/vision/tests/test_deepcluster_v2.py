@@ -9,12 +9,12 @@ from cl_core.clustering import nearest_centroid
 from cl_core.functional import prototype_nce_loss
 from cl_core.losses import DCLLoss, PrototypeNCELoss
 from cl_core.method import Progress
+from cl_core.projectors import MLPProjector
 from cl_core.testing import Ranks
 from cl_core.training import Monitoring, Optimization, TrainerOptions, fit
 from cl_vision.data import Digits, Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import DeepClusterV2
-from cl_vision.projectors import MLPProjector
 
 
 def crops(seed=0, rows=24, first=0, sizes=(16, 16, 8)):

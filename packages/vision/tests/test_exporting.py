@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from cl_core.losses import DCLLoss
+from cl_core.projectors import MLPProjector
 from cl_core.training import export_method
 from cl_vision.cli import main
 from cl_vision.encoders import Encoder, ResNet, SmallAlexNet, SmallConvNet, TorchvisionEncoder, create_encoder
 from cl_vision.exporting import export_encoder
 from cl_vision.methods import SimCLR
-from cl_vision.projectors import MLPProjector
 
 
 def trained(width=4):

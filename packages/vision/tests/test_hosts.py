@@ -13,10 +13,10 @@ from cl_core.losses import (
     SupConLoss,
     VICRegLoss,
 )
+from cl_core.projectors import MLPProjector
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import BYOL, BarlowTwins, SimSiam, SupCon, VICReg
-from cl_vision.projectors import MLPProjector
 
 
 def views(count=2, rows=6):

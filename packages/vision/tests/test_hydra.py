@@ -7,12 +7,12 @@ from torch import nn
 from cl_core.functional import gated_pair_loss, info_nce_loss
 from cl_core.gates import OpenGate, PairGate, gate_entropy
 from cl_core.losses import DCLLoss, GatedPairLoss, InfoNCELoss
+from cl_core.projectors import MLPProjector
 from cl_core.samplers import DistinctPartners, IdenticalPartners
 from cl_vision.cli import main
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import Hydra, SimLAP
-from cl_vision.projectors import MLPProjector
 
 
 def views(count=2, rows=9):

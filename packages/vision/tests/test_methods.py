@@ -25,6 +25,7 @@ from cl_core.losses import (
     SwAVLoss,
     VICRegLoss,
 )
+from cl_core.projectors import MLPProjector
 from cl_core.testing import method_checks
 from cl_core.testing.methods import CHECKS, BareTraining, Case
 from cl_core.training import LitMethod, Optimization, ScoreMonitor, read_scores
@@ -47,7 +48,6 @@ from cl_vision.methods import (
     SwAV,
     VICReg,
 )
-from cl_vision.projectors import MLPProjector
 
 # {method: {check: reason}}: the one place where a method may be excused from a check.
 EXCLUSIONS = json.loads(Path(__file__).with_name("exclusions.json").read_text())

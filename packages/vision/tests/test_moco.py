@@ -6,11 +6,11 @@ from cl_core.functional import byol_loss, cacr_momentum_loss, cacr_queue_loss, d
 from cl_core.losses import BYOLLoss, CACRLoss, CACRMomentumLoss, DCLLoss, InfoNCELoss, NTXentLoss
 from cl_core.memory import FeatureQueue
 from cl_core.method import Progress
+from cl_core.projectors import MLPProjector
 from cl_core.testing import Ranks
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import NNCLR, MoCo, MoCoV3
-from cl_vision.projectors import MLPProjector
 
 
 def views(seed, rows=8, count=2):

@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 from cl_core.losses import DCLLoss
+from cl_core.projectors import MLPProjector
 from cl_core.testing import check_method
 from cl_core.training.artifacts import export_method, load_export
 from cl_vision.cli import main
@@ -18,7 +19,6 @@ from cl_vision.data import Views
 from cl_vision.encoders import ModuleEncoder, create_encoder
 from cl_vision.exporting import export_encoder
 from cl_vision.methods import SimCLR
-from cl_vision.projectors import MLPProjector
 
 QUICK = [
     *(

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from cl_core.losses import AMCLLoss, DCLLoss, TwoViewLoss
+from cl_core.projectors import MLPProjector
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods.simclr import SimCLR
-from cl_vision.projectors import MLPProjector
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from cl_core.functional import swav_loss
 from cl_core.gradient_cache import method_gradient_cache
 from cl_core.losses import SwAVLoss
 from cl_core.method import Progress
+from cl_core.projectors import MLPProjector
 from cl_core.testing import Ranks
 from cl_core.transforms import PositiveExtrapolation
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
 from cl_vision.methods import SwAV
 from cl_vision.methods._parts import project_crops
-from cl_vision.projectors import MLPProjector
 
 
 def crops(seed=0, rows=8, sizes=(16, 16, 8, 8)):

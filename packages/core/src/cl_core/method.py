@@ -70,6 +70,13 @@ class Method(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no classifier of its own.")
 
+    def build(self, data: Any) -> None:
+        """Hook: before anything else, also before weights are loaded, with the data set that they are for.
+
+        For parts whose shapes follow from the data (a layer as wide as an input has features). What is built is kept
+        in the arguments that an export writes down; called again, it builds nothing anew.
+        """
+
     def prepare(self, batches: Iterable[Any]) -> None:
         """Hook: once before a training that begins, not before one that goes on, with the batches of an epoch.
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from cl_vision import methods as _methods
 
 if TYPE_CHECKING:
-    from cl_vision import data, encoders, figures, methods, projectors, transforms
+    from cl_vision import data, encoders, figures, methods, transforms
     from cl_vision.methods import *  # noqa: F403 - what methods.__all__ names
     from cl_vision.probe import probe_folder
 
 __version__ = version("cl-vision")
-_MODULES = ("data", "encoders", "figures", "methods", "projectors", "transforms")
-__all__ = ["data", "encoders", "figures", "methods", "probe_folder", "projectors", "transforms"]
+_MODULES = ("data", "encoders", "figures", "methods", "transforms")
+__all__ = ["data", "encoders", "figures", "methods", "probe_folder", "transforms"]
 __all__ += _methods.__all__
 
 

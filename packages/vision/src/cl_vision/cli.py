@@ -30,7 +30,7 @@ DOMAIN = cli.Domain(
         "PackedCIFAR10": "cl_vision.data.packed:PackedCIFAR10",
         "STL10": "cl_vision.data.benchmarks:STL10",
     },
-    modules=("cl_vision.encoders", "cl_vision.projectors", "cl_vision.transforms", "cl_vision.data.subsets"),
+    modules=("cl_vision.encoders", "cl_core.projectors", "cl_vision.transforms", "cl_vision.data.subsets"),
     artist="cl_vision.cli:draw",
     comparer="cl_vision.cli:draw_comparison",
     inputs="raw pixels",

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cl_core.functional import info_nce_loss
+from cl_core.projectors import MLPProjector
 from cl_core.testing import parity
-from cl_vision.projectors import MLPProjector
 
 TOLERANCE = {
     torch.float64: parity.Tolerance(relative=1e-10, absolute=1e-12),

@@ -6,12 +6,12 @@ from torch import nn
 
 from cl_core.losses import PrototypeNCELoss, SwAVLoss
 from cl_core.method import Progress
+from cl_core.projectors import Projector
 from cl_core.testing import parity
 from cl_core.training import Optimization
 from cl_vision.data import Views
 from cl_vision.encoders import Encoder
 from cl_vision.methods import DeepClusterV2, SwAV
-from cl_vision.projectors import Projector
 
 TOLERANCE = {
     torch.float64: parity.Tolerance(relative=1e-9, absolute=1e-12),

@@ -278,13 +278,13 @@ def load_trained(domain: Domain, parser: Parser, args: list[str]) -> Trained:
         raise ValueError(f"{ckpt} does not say which data it belongs to: pass --data CLASS.")
     result = run.result if run is not None and run.path == place else place
     known = {} if run is None else run.read_metrics()
+    built = parser.instantiate(config)
+    built.data.set_seed(int(stored.get("seed", 0)))
     if result is not None and artifacts.is_export(result):
         method = artifacts.load_export(result)
         known = known if run is not None else artifacts.read_export_config(result)
     else:
-        method = _from_checkpoint(domain, stored, ckpt)
-    built = parser.instantiate(config)
-    built.data.set_seed(int(stored.get("seed", 0)))
+        method = _from_checkpoint(domain, stored, ckpt, built.data)
     other = "" if run is None else _other(run, result, built)
     return Trained(config, method, built.data, built.evaluation, run, other, known.get("class_names"))
 
@@ -302,7 +302,7 @@ def _other(run: RunFolder, result: Path | None, built: Any) -> str:
     return ""
 
 
-def _from_checkpoint(domain: Domain, stored: Mapping[str, Any], ckpt: str) -> Method:
+def _from_checkpoint(domain: Domain, stored: Mapping[str, Any], ckpt: str, data: Data) -> Method:
     weights = weights_of(ckpt, package=domain.distribution)
     if "model" not in stored:
         raise ValueError(f"{ckpt} lies in no run folder whose config.yaml says what model it is.")
@@ -310,6 +310,7 @@ def _from_checkpoint(domain: Domain, stored: Mapping[str, Any], ckpt: str) -> Me
     parser.add_config()
     parser.add_model()
     method: Method = parser.instantiate(parser.parse_over({"model": stored["model"]}, [])).model
+    method.build(data)
     if left := artifacts.initialise(method, weights, source=ckpt):
         raise ValueError(f"{ckpt} lacks {', '.join(left[:3])} of {type(method).__name__}.")
     return method.eval()

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
+from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from cl_core import _checks
@@ -25,7 +26,13 @@ class Data(ABC):
     Args:
         batch_size: items a training batch, on each process.
         num_workers: loader processes; 0 loads in the main one.
+
+    Attributes:
+        passes_per_epoch: times that an epoch goes over the items. More than one where a pass is a step or two, so that
+            what is measured and shown once an epoch does not cost more than the training.
     """
+
+    passes_per_epoch: int = 1
 
     def __init__(self, *, batch_size: int = 256, num_workers: int = 0) -> None:
         _checks.count("batch_size", batch_size)
@@ -53,6 +60,14 @@ class Data(ABC):
     def collate_evaluation(self, items: list[Any]) -> Any:
         """Make ``(inputs, labels)`` of the items of an evaluation data set; torch's default."""
         return default_collate(items)
+
+    def evaluation_batch_size(self, asked: int) -> int:
+        """Inputs embedded at a time where ``asked`` are asked for: more where they are embedded together anyway."""
+        return asked
+
+    def raw(self, inputs: Any) -> Tensor | None:
+        """Evaluation inputs as rows of numbers (N, D), the baseline of every encoder; None where there are none."""
+        return inputs.flatten(1) if isinstance(inputs, Tensor) else None
 
     def row_names(self, split: Split) -> Sequence[str] | None:
         """What each row of an evaluation data set is called, such as its file; None if rows have no names."""

@@ -89,7 +89,7 @@ def embed_dataset(
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=data.evaluation_batch_size(batch_size),
         num_workers=data.num_workers,
         collate_fn=data.collate_evaluation,
         generator=torch.Generator(),  # the global state stays as it is
@@ -139,11 +139,21 @@ def in_evaluation(method: Method, device: torch.device | str) -> Iterator[None]:
 
 
 def raw_split(data: Data, split: Split, *, batch_size: int = 512) -> Embedding | None:
-    """Inputs of one split as they are, flattened; None if they are not tensors."""
+    """Inputs of one split as the data say they are without an encoder; None if they do not."""
     dataset: Dataset[Any] = data.evaluation_dataset(split)
-    if len(dataset) == 0 or not isinstance(dataset[0][0], Tensor):  # type: ignore[arg-type]
+    if len(dataset) == 0 or data.raw(data.collate_evaluation([dataset[0]])[0]) is None:  # type: ignore[arg-type]
         return None
-    return embed_dataset(lambda inputs: inputs.flatten(1), dataset, data, batch_size=batch_size)
+    return embed_dataset(_raw_of(data), dataset, data, batch_size=batch_size)
+
+
+def _raw_of(data: Data) -> Callable[[Any], Tensor]:
+    def raw(inputs: Any) -> Tensor:
+        rows = data.raw(inputs)
+        if rows is None:
+            raise ValueError(f"{type(data).__name__}.raw must give rows for all inputs or for none.")
+        return rows
+
+    return raw
 
 
 def has_labels(data: Data) -> bool:
@@ -288,7 +298,7 @@ def classifier_accuracies(
 
 
 def evaluate_raw(data: Data, settings: Evaluation | None = None) -> dict[str, float] | None:
-    """Accuracies of the inputs themselves, flattened; None if they are not tensors."""
+    """Accuracies of the inputs themselves, as :meth:`Data.raw` gives them; None if it gives none."""
     settings = settings or Evaluation()
     parts = [raw_split(data, split, batch_size=settings.batch_size) for split in SPLITS]
     train, validation, test = parts

@@ -242,6 +242,7 @@ def fit(
     )
     # What cannot be used is refused now: before there is a folder, and not after the training.
     data.set_seed(seed)
+    method.build(data)
     if task.monitor.scores:
         check_scored(method)
     with _one_sentence():

@@ -35,6 +35,7 @@ class TrainLoader:
             data.batch_size,
             drop_last=drop_last and size >= data.batch_size * _world_size(),
             seed=data.seed,
+            passes=data.passes_per_epoch,
         )
         self._batch_size = data.batch_size
         collate: Callable[[list[Any]], Any] = data.collate

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cl_core.losses import ContrastiveLoss
 from cl_core.method import Method
+from cl_core.projectors import MLPProjector, Projector, built
 from cl_vision.encoders import Encoder
-from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
     from cl_vision.data import Views
@@ -45,15 +45,6 @@ def check_labels(method: Method, labels: Tensor, num_classes: int | None = None)
             f"num_classes must be above every label, got {num_classes} and label {int(labels.max())}: pass "
             "--model.num_classes."
         )
-
-
-def built(name: str, head: Projector, in_dim: int, of: str) -> Projector:
-    """A head for inputs of ``in_dim`` columns, built if it is not yet."""
-    if head.in_dim is None:
-        head.build(in_dim)
-    if head.in_dim != in_dim:
-        raise ValueError(f"{name}.in_dim must equal {of}, got {head.in_dim} and {in_dim}.")
-    return head
 
 
 def with_predictor(

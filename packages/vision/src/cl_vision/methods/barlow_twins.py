@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cl_core.losses import TwoViewLoss
+from cl_core.projectors import MLPProjector, Projector
 from cl_vision.encoders import Encoder
 from cl_vision.methods.simclr import SimCLR
-from cl_vision.projectors import MLPProjector, Projector
 
 
 class BarlowTwins(SimCLR):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from cl_core.losses import PredictionLoss
+from cl_core.projectors import MLPProjector, Projector
 from cl_vision.encoders import Encoder
 from cl_vision.methods._parts import check_parts
 from cl_vision.methods.moco import MoCoV3
-from cl_vision.projectors import MLPProjector, Projector
 
 
 class BYOL(MoCoV3):

@@ -15,9 +15,9 @@ from cl_core.distributed import refusing_together, shard
 from cl_core.losses import PrototypeLoss
 from cl_core.memory import InstanceBank
 from cl_core.method import Method, Progress
+from cl_core.projectors import MLPProjector, Projector, built
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_crops, check_parts, check_views, project_crops
-from cl_vision.projectors import MLPProjector, Projector
+from cl_vision.methods._parts import check_crops, check_parts, check_views, project_crops
 
 if TYPE_CHECKING:
     from cl_vision.data import Views

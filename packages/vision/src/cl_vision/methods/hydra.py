@@ -11,10 +11,10 @@ from cl_core.gates import Gate, PairGate, gate_entropy
 from cl_core.losses import ClassPairLoss, InfoNCELoss, QueryKeyLoss
 from cl_core.method import Method, Progress
 from cl_core.momentum import ExponentialMovingAverage, cosine_momentum
+from cl_core.projectors import MLPProjector, Projector, built
 from cl_core.samplers import ArbitraryPartners, PartnerClasses
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_labels, check_parts, two_views, with_predictor
-from cl_vision.projectors import MLPProjector, Projector
+from cl_vision.methods._parts import check_labels, check_parts, two_views, with_predictor
 
 if TYPE_CHECKING:
     from cl_vision.data import Views

@@ -13,9 +13,9 @@ from cl_core.losses import PredictionLoss, QueryKeyLoss
 from cl_core.memory import FeatureQueue
 from cl_core.method import Method, Progress
 from cl_core.momentum import ExponentialMovingAverage, cosine_momentum
+from cl_core.projectors import MLPProjector, Projector, built
 from cl_vision.encoders import Encoder
-from cl_vision.methods._parts import built, check_parts, views_for, with_predictor
-from cl_vision.projectors import MLPProjector, Projector
+from cl_vision.methods._parts import check_parts, views_for, with_predictor
 
 if TYPE_CHECKING:
     from cl_vision.data import Views

@@ -10,9 +10,9 @@ from torch import Tensor
 from cl_core.losses import QueryKeyLoss
 from cl_core.memory import FeatureQueue
 from cl_core.method import Method
+from cl_core.projectors import MLPProjector, Projector
 from cl_vision.encoders import Encoder
 from cl_vision.methods._parts import check_parts, two_views, with_predictor
-from cl_vision.projectors import MLPProjector, Projector
 
 if TYPE_CHECKING:
     from cl_vision.data import Views

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from cl_vision.projectors import MLPProjector, MultiHeadProjector
+from cl_core.projectors import MLPProjector, MultiHeadProjector
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])

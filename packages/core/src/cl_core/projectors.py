@@ -30,7 +30,7 @@ class Projector(nn.Module):
 
 
 class MLPProjector(Projector):
-    """Multi-layer perceptron, ReLU between the layers, the last one linear (SimCLR's head) or normalised.
+    """Multi-layer perceptron, ReLU or ELU between the layers, the last one linear (SimCLR's head) or normalised.
 
     Args:
         in_dim: columns of the features; None takes the encoder's when a method builds the head.
@@ -40,6 +40,7 @@ class MLPProjector(Projector):
         norm: normalisation after each hidden layer: ``"batch"``, ``"layer"`` or ``"none"``.
         final_norm: of the projections: ``"batch"`` without scale and shift (SimSiam, MoCo v3), ``"layer"`` with them
             (Hydra), or ``"none"``.
+        activation: after each hidden layer: ``"relu"``, or ``"elu"`` (GRACE).
 
     Reference: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
     2020, arXiv 2002.05709.
@@ -53,6 +54,7 @@ class MLPProjector(Projector):
         layers: int = 2,
         norm: Literal["batch", "layer", "none"] = "batch",
         final_norm: Literal["batch", "layer", "none"] = "none",
+        activation: Literal["relu", "elu"] = "relu",
     ) -> None:
         super().__init__()
         for name, value in (
@@ -65,9 +67,10 @@ class MLPProjector(Projector):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
         _checks.choice("norm", norm, ("batch", "layer", "none"))
         _checks.choice("final_norm", final_norm, ("batch", "layer", "none"))
+        _checks.choice("activation", activation, ("relu", "elu"))
         self.in_dim: int | None = None
         self.hidden_dim, self.out_dim, self.layers = hidden_dim, out_dim, layers
-        self.norm, self.final_norm = norm, final_norm
+        self.norm, self.final_norm, self.activation = norm, final_norm, activation
         self.network: nn.Sequential | None = None
         if in_dim is not None:
             self.build(in_dim)
@@ -82,7 +85,7 @@ class MLPProjector(Projector):
             modules.append(nn.Linear(width, hidden, bias=self.norm == "none"))
             if self.norm != "none":
                 modules.append(nn.BatchNorm1d(hidden) if self.norm == "batch" else nn.LayerNorm(hidden))
-            modules.append(nn.ReLU(inplace=True))
+            modules.append(nn.ReLU(inplace=True) if self.activation == "relu" else nn.ELU(inplace=True))
             width = hidden
         modules.append(nn.Linear(width, self.out_dim, bias=self.final_norm == "none"))
         if self.final_norm == "batch":
@@ -161,3 +164,12 @@ class MultiHeadProjector(Projector):
             raise ValueError(f"features must have shape (N, {self.in_dim}), got {tuple(features.shape)}.")
         given = features.chunk(self.heads, 1) if self.split else [features] * self.heads
         return torch.cat([network(part) for network, part in zip(self.networks, given, strict=True)], 1)
+
+
+def built(name: str, head: Projector, in_dim: int, of: str) -> Projector:
+    """A head for inputs of ``in_dim`` columns, built if it is not yet."""
+    if head.in_dim is None:
+        head.build(in_dim)
+    if head.in_dim != in_dim:
+        raise ValueError(f"{name}.in_dim must equal {of}, got {head.in_dim} and {in_dim}.")
+    return head
