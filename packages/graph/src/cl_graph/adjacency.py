@@ -37,7 +37,7 @@ class Adjacency:
     """Weighted edges of a graph as a matrix.
 
     Args:
-        edge_index: edge e goes from node ``edge_index[0, e]`` to ``edge_index[1, e]``, shape (2, m); an edge that stands
+        edge_index: edge e goes from ``edge_index[0, e]`` to ``edge_index[1, e]``, shape (2, m); an edge that stands
             there twice counts twice.
         weights: of the edges, shape (m,); the matrix is a constant to autograd.
         num_nodes: n.

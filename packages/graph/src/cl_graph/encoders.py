@@ -54,7 +54,7 @@ class GCN(Encoder):
         hidden_dim: columns of the hidden layers; None takes twice ``dim``, as GRACE does.
         dim: columns of the embeddings.
         layers: number of convolutions.
-        activation: ``"relu"``, ``"prelu"``, ``"rrelu"``, ``"elu"``, ``"leaky_relu"`` or ``"none"``; shared by all layers.
+        activation: ``"relu"``, ``"prelu"``, ``"rrelu"``, ``"elu"``, ``"leaky_relu"`` or ``"none"``; layers share it.
 
     Cost: O(m (hidden_dim + dim) + n (in_dim hidden_dim + hidden_dim dim)) at two layers; of sparse features only their
     entries count.

@@ -84,7 +84,7 @@ def _planetoid_graph(parts: dict[str, Any], test: Tensor) -> Graph:
     masks = {}
     for name, rows in (
         ("train_mask", torch.arange(train)),
-        ("val_mask", torch.arange(train, train + 500)),
+        ("val_mask", torch.arange(train, min(train + 500, rest))),
         ("test_mask", test),
     ):
         masks[name] = torch.zeros(n, dtype=torch.bool)
@@ -115,6 +115,7 @@ class _PlanetoidUnpickler(pickle.Unpickler):
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
             return np.empty(0).__reduce__()[0]  # wherever this version of NumPy keeps it
         known = {
+            ("_codecs", "encode"): _bytes,
             ("numpy", "ndarray"): np.ndarray,
             ("numpy", "dtype"): np.dtype,
             ("__builtin__", "list"): list,
@@ -123,6 +124,11 @@ class _PlanetoidUnpickler(pickle.Unpickler):
         if (module, name) not in known:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no such file needs")
         return known[module, name]
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes in the protocol of Python 2."""
+    return text.encode("latin1")
 
 
 class _OfLists(dict[int, list[int]]):
