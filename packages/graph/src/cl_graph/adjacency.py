@@ -70,9 +70,15 @@ class Adjacency:
         """
         check_edges(edge_index, num_nodes)
         edge_index = with_self_loops(edge_index, num_nodes)
-        source, target = edge_index
-        scale = torch.bincount(target, minlength=num_nodes).to(dtype).rsqrt()
-        return cls(edge_index, scale[source] * scale[target], num_nodes)
+        return cls(edge_index, normalized_weights(edge_index, num_nodes, dtype), num_nodes)
+
+    def within(self, nodes: Tensor) -> Adjacency:
+        """The part between some nodes (N,), each named once, in their order; weights stay what they are."""
+        at = torch.full((self.num_nodes,), -1, device=nodes.device)
+        at[nodes] = torch.arange(len(nodes), device=nodes.device)
+        edges = at[self.edge_index]
+        inside = (edges >= 0).all(0)
+        return Adjacency(edges[:, inside], self.weights[inside], len(nodes))
 
     @cached_property
     def incoming(self) -> Tensor:
@@ -121,3 +127,10 @@ def with_self_loops(edge_index: Tensor, num_nodes: int) -> Tensor:
     if bool(loops.any()):
         edge_index = edge_index[:, ~loops]
     return torch.cat([edge_index, nodes.expand(2, -1)], dim=1)
+
+
+def normalized_weights(edge_index: Tensor, num_nodes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """1 / sqrt(d_j d_i) of each edge (j, i), shape (m,); d counts the edges that arrive, so each node needs one."""
+    source, target = edge_index
+    scale = torch.bincount(target, minlength=num_nodes).to(dtype).rsqrt()
+    return scale[source] * scale[target]

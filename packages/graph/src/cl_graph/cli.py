@@ -18,7 +18,13 @@ DOMAIN = cli.Domain(
         "KarateClub": "cl_graph.data:KarateClub",
         "Planetoid": "cl_graph.data:Planetoid",
     },
-    modules=("cl_graph.encoders", "cl_core.projectors", "cl_graph.views", "cl_graph.data.splits"),
+    modules=(
+        "cl_graph.encoders",
+        "cl_core.projectors",
+        "cl_graph.views",
+        "cl_graph.pot",
+        "cl_graph.data.splits",
+    ),
     inputs="raw features",
 )
 

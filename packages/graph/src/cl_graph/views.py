@@ -21,12 +21,12 @@ class GraphView:
         columns = torch.rand(x.shape[1], device=x.device) >= self.feature_mask_probabilities(graph)
         return mask_features(x, columns), edge_index[:, kept]
 
-    def edge_drop_probabilities(self, graph: Graph) -> Tensor:
-        """Probability that each edge is dropped, shape (m,) or ()."""
+    def edge_drop_probabilities(self, graph: Graph) -> float | Tensor:
+        """Probability that an edge is dropped: a number, or one for each edge, shape (m,)."""
         raise NotImplementedError(f"{type(self).__name__} must define edge_drop_probabilities(graph).")
 
-    def feature_mask_probabilities(self, graph: Graph) -> Tensor:
-        """Probability that each feature is set to zero, of all nodes at once, shape (F,) or ()."""
+    def feature_mask_probabilities(self, graph: Graph) -> float | Tensor:
+        """Probability that a feature is set to zero, of all nodes at once: a number, or one for each, shape (F,)."""
         raise NotImplementedError(f"{type(self).__name__} must define feature_mask_probabilities(graph).")
 
 
@@ -46,13 +46,13 @@ class UniformView(GraphView):
         check_rates(edge_drop=edge_drop, feature_mask=feature_mask)
         self.edge_drop, self.feature_mask = edge_drop, feature_mask
 
-    def edge_drop_probabilities(self, graph: Graph) -> Tensor:
-        """The same for all, shape ()."""
-        return torch.tensor(self.edge_drop, device=graph.edge_index.device)
+    def edge_drop_probabilities(self, graph: Graph) -> float:
+        """The same for all."""
+        return self.edge_drop
 
-    def feature_mask_probabilities(self, graph: Graph) -> Tensor:
-        """The same for all, shape ()."""
-        return torch.tensor(self.feature_mask, device=graph.x.device)
+    def feature_mask_probabilities(self, graph: Graph) -> float:
+        """The same for all."""
+        return self.feature_mask
 
 
 def check_rates(**rates: float) -> None:

@@ -2,10 +2,23 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from cl_core.losses import NTXentLoss
 from cl_core.projectors import MLPProjector
 from cl_core.testing import parity
+from cl_graph.encoders import GCN
+from cl_graph.pot import (
+    EdgeDropBounds,
+    _backwards,
+    _clean_inputs,
+    _from_clean,
+    _Local,
+    bounded_layers,
+    contrast_vectors,
+    node_compactness,
+    relax,
+)
 
 TOLERANCE = {
     torch.float64: parity.Tolerance(
@@ -15,6 +28,9 @@ TOLERANCE = {
         relative=2e-5, absolute=1e-6, gradient_relative=1e-4, gradient_absolute=1e-6
     ),
 }
+
+
+SINGLE = parity.Tolerance(relative=1e-6)  # of what was added up in single precision
 
 
 def projector_of(arrays):
@@ -42,7 +58,76 @@ def run_grace_loss(arrays):
     arrays.waive("batch_size", reason="a tile's size is ours")
 
 
-RUNS = {"grace_loss": run_grace_loss}
+def run_linear_bounds(arrays):
+    slope, offset = relax(arrays.tensor("l"), arrays.tensor("u"), arrays.parameter("slope"))
+    none = torch.zeros_like(offset)
+    for name, value in {"alpha_L": slope, "alpha_U": slope, "beta_U": offset, "beta_L": none}.items():
+        arrays.compare(name, value)
+
+
+def encoder_of(arrays):
+    """The stored encoder, and its parameters by the names of their gradients."""
+    stored = {name.removeprefix("param/"): arrays.tensor(name) for name in arrays.matching("param/*")}
+    hidden, width = stored["conv.0.lin.weight"].shape
+    slope = stored.get("activation.weight")
+    activation = "relu" if slope is None else "prelu"
+    encoder = GCN(width, hidden, len(stored["conv.1.bias"]), activation=activation).to(arrays.dtype)
+    named = {
+        f"grad/{name.replace('convs', 'conv').replace('act.', 'activation.')}": parameter
+        for name, parameter in encoder.named_parameters()
+    }
+    for name, parameter in named.items():
+        parameter.data = stored[name.replace("grad", "param").removeprefix("param/")]
+    assert bounded_layers(encoder)[1] == pytest.approx(arrays.parameter("prelu_slope"))
+    return encoder, named
+
+
+def run_pot(arrays):
+    """Official score of a view, every step on the way to it, and the gradients of its loss."""
+    encoder, named = encoder_of(arrays)
+    x, nodes, (z2,) = arrays.tensor("x"), arrays.tensor("node_list"), arrays.leaves("z2")
+    clean, view, n = arrays.tensor("edge_index"), arrays.tensor("edge_index_1"), len(x)
+    adaptive = "edge_drop_prob" in arrays
+    dropped = arrays.parameter("drop_rate")
+    if adaptive:
+        dropped = torch.tensor(arrays.parameter("edge_drop_prob"), dtype=torch.float64)
+        expected = torch.zeros(n, dtype=torch.float64).index_add(0, clean[1], dropped)
+        arrays.compare("expected_dropped", expected, tolerance=SINGLE)
+    bounds = EdgeDropBounds.of_drops(clean, n, dropped)
+    upper = torch.zeros(n, n, dtype=arrays.dtype)
+    upper[tuple(bounds.edge_index)] = bounds.upper(arrays.dtype)
+    arrays.compare("A_upper", upper)
+    arrays.compare("A_lower", bounds.lower(arrays.dtype).diag())
+    layers, slope = bounded_layers(encoder)
+    whole = _Local.of(x, clean, view, bounds)
+    inputs, local = (
+        [values[nodes] for values in _clean_inputs(layers, encoder.act, whole)],
+        whole.within(nodes),
+    )
+    intervals = _from_clean(layers, inputs, local)
+    for place, interval in enumerate(intervals, 1):
+        arrays.compare(f"l{place}", interval.lower)
+        arrays.compare(f"u{place}", interval.upper)
+    contrast = contrast_vectors(z2)
+    arrays.compare("W_cl", contrast)
+    given = contrast
+    for place in (2, 1):
+        layer = layers[place - 1]
+        through, constant = _backwards(given, relax(*intervals[place - 1], slope), layer)
+        given = through @ layer.weight
+        arrays.compare(f"W_tilde_{place}", given)
+        arrays.compare(f"b_tilde_{place}", constant)
+    score = node_compactness(
+        encoder, x, clean, view, z2, bounds, nodes=nodes, variant="official", neighbors="induced"
+    )
+    arrays.compare("score", score)
+    loss = functional.softplus(-score).mean()
+    arrays.compare("loss", loss)
+    arrays.compare_gradients(loss, grad_z2=z2, **named)
+    arrays.waive("z1", "edge_index_2", reason="the score of view 1 does not read them")
+
+
+RUNS = {"grace_loss": run_grace_loss, "linear_bounds": run_linear_bounds, "pot": run_pot}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

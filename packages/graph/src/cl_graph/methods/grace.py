@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from cl_core.losses import TwoViewLoss
-from cl_core.method import Method
-from cl_core.projectors import MLPProjector, Projector, built
-from cl_graph._geometric import Graph
+from cl_core.projectors import Projector
 from cl_graph.encoders import Encoder
-from cl_graph.graphs import NodeBatch, unpacked
-from cl_graph.views import GraphView, UniformView
+from cl_graph.hosts import EncodedView, NodeContrast, Regulariser
+from cl_graph.views import GraphView
 
 
-class GRACE(Method):
+class GRACE(NodeContrast):
     """GRACE: two random views of a graph, an encoder of nodes, a projector, any two-view loss.
 
         cl-graph fit --config grace/cora
@@ -29,6 +27,7 @@ class GRACE(Method):
         first_view: makes one of the views; None for ``UniformView()``.
         second_view: makes the other one.
         projector: head between encoder and loss; None for two layers with ELU between them, as wide as the embedding.
+        regulariser: adds to the loss, for example ``POT(kappa=0.4)``; None for nothing.
 
     Cost: that of the encoder twice, and of the loss: with ``NTXentLoss`` O(n^2 D) time and O(n D) memory for n compared
     nodes.
@@ -43,37 +42,12 @@ class GRACE(Method):
         first_view: GraphView | None = None,
         second_view: GraphView | None = None,
         projector: Projector | None = None,
+        regulariser: Regulariser | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(encoder, Encoder):
-            raise TypeError(f"encoder must be a cl_graph Encoder, got {type(encoder).__name__}.")
+        super().__init__(encoder, loss, first_view, second_view, projector, regulariser)
         if not isinstance(loss, TwoViewLoss):
             raise TypeError(f"loss must be a TwoViewLoss, called with (z1, z2), got {type(loss).__name__}.")
-        self.encoder, self.criterion = encoder, loss
-        self.first_view = UniformView() if first_view is None else first_view
-        self.second_view = UniformView() if second_view is None else second_view
-        head = projector or MLPProjector(out_dim=encoder.dim, norm="none", activation="elu")
-        self.projector = built("projector", head, encoder.dim, "the encoder's dim")
 
-    def build(self, data: Any) -> None:
-        """Give an encoder without ``in_dim`` as many inputs as the data have features."""
-        if self.encoder.in_dim is None:
-            self.encoder.build(data.num_features)
-
-    def loss(self, batch: NodeBatch | Graph) -> Tensor:
-        """Loss of two views of a graph, over the nodes of the batch; a scalar."""
-        graph, nodes = unpacked(batch)
-        return self.criterion(
-            *(self.project(*view(graph), nodes) for view in (self.first_view, self.second_view))
-        )
-
-    def project(self, x: Tensor, edge_index: Tensor, nodes: Tensor | None = None) -> Tensor:
-        """What the loss sees of the nodes of a view, shape (B, projector.out_dim)."""
-        z = self.encoder(x, edge_index)
-        return self.projector(z if nodes is None else z[nodes])
-
-    def embed(self, inputs: NodeBatch | Graph) -> Tensor:
-        """Embeddings of the nodes in the graph as it is, shape (B, encoder.dim)."""
-        graph, nodes = unpacked(inputs)
-        z = self.encoder(graph.x, graph.edge_index)
-        return z if nodes is None else z[nodes]
+    def contrast(self, views: Sequence[EncodedView]) -> Tensor:
+        """Loss of the projections, a scalar."""
+        return self.criterion(*(self.projector(view.compared) for view in views))

@@ -1,0 +1,458 @@
+"""POT: push up a lower bound of how much better each node agrees with itself than with the others.
+
+The bound holds over all views that drop edges within a budget. It is worked out backwards through the layers of a graph
+convolutional encoder, with every number an edge's or a node's: nothing is n x n, no matrix as wide as the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_core import _checks
+from cl_graph._geometric import GCNConv, Graph
+from cl_graph.adjacency import Adjacency, with_self_loops
+from cl_graph.encoders import linear
+from cl_graph.hosts import EncodedView, Regulariser
+
+Variant = Literal["tight", "official"]
+Neighbors = Literal["closed", "induced"]
+
+
+@dataclass(frozen=True)
+class EdgeDropBounds:
+    """How large and how small the entries of the normalised adjacency can be while edges are dropped.
+
+    An entry (j, i) of a view lies between the diagonal ``lower``, zero elsewhere, and 1 / sqrt(k_j k_i), where k is the
+    degree that a node keeps, its self loop counted. A node keeps all but as many edges as are dropped of it on average,
+    rounded, and always one.
+
+    Attributes:
+        edge_index: edges of the graph with a self loop on every node, shape (2, m + n).
+        kept: degree that each node keeps at least, shape (n,).
+        degree: degree of each node, shape (n,), its self loop counted in both.
+    """
+
+    edge_index: Tensor
+    kept: Tensor
+    degree: Tensor
+
+    @classmethod
+    def of_drops(cls, edge_index: Tensor, num_nodes: int, probabilities: float | Tensor) -> EdgeDropBounds:
+        """Bounds for edges that are dropped at random.
+
+        Args:
+            edge_index: edges of the graph, both directions of each, shape (2, m).
+            num_nodes: n.
+            probabilities: with which edges are dropped: a number, or one for each edge, shape (m,).
+
+        Cost: O(m).
+        """
+        p = torch.as_tensor(probabilities, device=edge_index.device).double()
+        if p.shape not in ((), edge_index.shape[1:]):
+            raise ValueError(
+                f"probabilities must be a number or one for each of the {edge_index.shape[1]} edges, got shape "
+                f"{tuple(p.shape)}."
+            )
+        _checks.shares("probabilities", p)
+        target = edge_index[1]
+        degree = torch.bincount(target, minlength=num_nodes)
+        if p.ndim == 0:
+            dropped = degree * p
+        else:
+            dropped = torch.zeros(num_nodes, dtype=p.dtype, device=p.device).index_add(0, target, p)
+        degree = degree + 1
+        budget = torch.minimum((degree - 2).clamp_min(0), dropped.round().long())
+        return cls(with_self_loops(edge_index, num_nodes), degree - budget, degree)
+
+    def upper(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Largest entry for each of ``edge_index``, shape (m + n,)."""
+        scale = self.kept.to(dtype).rsqrt()
+        return scale[self.edge_index[0]] * scale[self.edge_index[1]]
+
+    def lower(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Smallest entry of each self loop, shape (n,); all others may be zero."""
+        return self.degree.to(dtype).reciprocal()
+
+
+class _Interval(NamedTuple):
+    """Bounds of what an activation is given, (rows, D) each."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+class Relaxation(NamedTuple):
+    """Lines below and above an activation on an interval: slope v and slope (v + offset).
+
+    Attributes:
+        slope: of both lines.
+        offset: of the upper one.
+    """
+
+    slope: Tensor
+    offset: Tensor
+
+
+def relax(lower: Tensor, upper: Tensor, negative_slope: float) -> Relaxation:
+    """Lines that enclose v for v >= 0 and a v below, on [lower, upper].
+
+    Where the interval holds both signs the slope is (u - a l) / (u - l) and the upper line is lifted by
+    (a - 1) u l / (u - a l); elsewhere the activation is its own line.
+
+    Args:
+        lower: l, any shape.
+        upper: u, of the same shape.
+        negative_slope: a, in [0, 1].
+    """
+    a = negative_slope
+    both = (lower < 0) & (upper > 0)
+    l, u = torch.where(both, lower, -1.0), torch.where(both, upper, 1.0)  # noqa: E741 - or a division by zero
+    one_sign = torch.where((lower < 0) & (upper <= 0), a, 1.0).to(l.dtype)
+    slope = torch.where(both, (u - a * l) / (u - l), one_sign)
+    return Relaxation(slope, torch.where(both, (a - 1) * u * l / (u - a * l), 0.0))
+
+
+def contrast_vectors(z: Tensor) -> Tensor:
+    """What an embedding is scored against: its own unit row of the other view less the mean of all other rows.
+
+    Args:
+        z: embeddings of the other view, shape (N, D), N >= 2.
+
+    Returns:
+        Shape (N, D).
+    """
+    _checks.embeddings("z", z, at_least=2)
+    unit = F.normalize(z, dim=1)
+    return unit - (unit.sum(0) - unit) / (len(unit) - 1)
+
+
+def node_compactness(
+    encoder: nn.Module,
+    x: Tensor,
+    edge_index: Tensor,
+    view_edges: Tensor,
+    other: Tensor,
+    bounds: EdgeDropBounds,
+    *,
+    nodes: Tensor | None = None,
+    variant: Variant = "tight",
+    neighbors: Neighbors = "closed",
+    certified: bool = False,
+) -> Tensor:
+    """How much closer each node is bound to stay to itself in the other view than to the mean of the others.
+
+    With contrast vectors c_i = u_i - mean of u_j, j other than i, u the unit rows of ``other``, a lower bound of
+    c_i . z_i over views with fewer edges, evaluated at one view.
+
+    ``"tight"`` follows the bound to the nodes whose features it is about. With the layers' intervals worked out from
+    the clean hidden states, as published, it is a close estimate that the truth rarely falls below; ``certified``
+    passes the intervals on from layer to layer, so that it never does for any view within the budget, and is loose.
+    ``"official"`` is what the published code computes: the last node's coefficients for the features of the first, and
+    the transposed adjacency. It exceeds the truth for most nodes.
+
+    Args:
+        encoder: graph convolutions with one activation: has ``convs``, a list of ``GCNConv``, and ``act`` after each of
+            them: identity, ReLU, leaky ReLU, RReLU (by its mean slope) or PReLU of one slope in [0, 1].
+        x: features of the nodes, not masked, shape (n, F), dense or sparse COO.
+        edge_index: edges of the graph, shape (2, m).
+        view_edges: edges of the view at which the bound is evaluated, a part of them, shape (2, m').
+        other: the encoder's embeddings of the nodes in the other view, shape (N, D), N >= 2.
+        bounds: of the entries of the adjacency.
+        nodes: the N nodes, shape (N,); None for all n in their order.
+        variant: ``"tight"`` or ``"official"``.
+        neighbors: ``"closed"`` also reads the nodes around ``nodes`` that their embeddings depend on; ``"induced"``
+            leaves them out, as the published code does, and most edges with them.
+        certified: pass intervals on from layer to layer; for ``"tight"`` only.
+
+    Returns:
+        Shape (N,).
+
+    Raises:
+        TypeError: if the encoder is none that can be bounded.
+        ValueError: for shapes or options that do not fit.
+
+    Cost: with n and m those of the graph, or of what ``nodes`` depend on: O(m H + n H D) time, O(n H) memory for hidden
+    width H; the published code takes O(n^2 D) and O(n^2).
+
+    Reference: Yu et al., "Provable Training for Graph Contrastive Learning", NeurIPS 2023, arXiv 2309.13944.
+    """
+    _checks.choice("variant", variant, ("tight", "official"))
+    _checks.choice("neighbors", neighbors, ("closed", "induced"))
+    if certified and variant != "tight":
+        raise ValueError("certified needs the tight variant: the official one bounds nothing.")
+    if variant == "official" and nodes is not None and neighbors != "induced":
+        raise ValueError(
+            'neighbors must be "induced" for some nodes of the official variant, which knows no others.'
+        )
+    layers, slope = bounded_layers(encoder)
+    count = len(x) if nodes is None else len(nodes)
+    if len(other) != count:
+        raise ValueError(f"other must have a row for each of the {count} nodes, got {len(other)}.")
+    local = _Local.of(x, edge_index, view_edges, bounds)
+    rows = nodes
+    if nodes is not None and neighbors == "closed":
+        around = _around(nodes, local.clean.edge_index, len(x), hops=len(layers))
+        local, rows = local.within(around), torch.searchsorted(around, nodes)
+    inputs = _clean_inputs(layers, encoder.act, local)
+    if nodes is not None and neighbors == "induced":
+        local, inputs, rows = local.within(nodes), [values[nodes] for values in inputs], None
+    intervals = _passed_on(layers, slope, inputs, local) if certified else _from_clean(layers, inputs, local)
+    lines = [relax(*interval, slope) for interval in intervals]
+    contrast = contrast_vectors(other)
+    if variant == "official":
+        return _official_score(layers, lines, inputs, contrast, local.view)
+    return _tight_score(layers, lines, inputs[0], contrast, local.view, rows)
+
+
+class POT(Regulariser):
+    """Adds to the loss of a host how badly its nodes are bound to be trained.
+
+    (1 - kappa) host + kappa / 2 (POT(1 | 2) + POT(2 | 1)), with POT(1 | 2) = mean_i softplus(-s_i), s the node
+    compactness at view 1 against the embeddings of view 2.
+
+        GRACE(encoder, NTXentLoss(0.4), UniformView(0.4, 0), UniformView(0.3, 0), regulariser=POT(kappa=0.4))
+
+    Args:
+        kappa: weight of the regulariser, in [0, 1).
+        nodes: how many of the compared nodes it is worked out for, drawn anew each step; None for all.
+        variant: ``"tight"``, or ``"official"`` for what the published code computes.
+        neighbors: ``"closed"`` reads the nodes around those drawn, ``"induced"`` leaves them out as the published code
+            does; None for closed with the tight variant, induced with the official one.
+
+    Reference: Yu et al., "Provable Training for Graph Contrastive Learning", NeurIPS 2023, arXiv 2309.13944. The
+    published code drops the nodes around those drawn, and its score is no bound; see :func:`node_compactness`.
+    """
+
+    def __init__(
+        self,
+        kappa: float = 0.5,
+        nodes: int | None = None,
+        variant: Variant = "tight",
+        neighbors: Neighbors | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.number("kappa", kappa, at_least=0)
+        if kappa >= 1:
+            raise ValueError(f"kappa must be below 1, so that the host still learns, got {kappa}.")
+        if nodes is not None:
+            _checks.count("nodes", nodes, at_least=2)
+        _checks.choice("variant", variant, ("tight", "official"))
+        _checks.choice("neighbors", neighbors, ("closed", "induced", None))
+        self.kappa, self.nodes, self.variant, self.neighbors = kappa, nodes, variant, neighbors
+
+    def forward(
+        self, host: Tensor, encoder: nn.Module, graph: Graph, views: Sequence[EncodedView]
+    ) -> dict[str, Tensor]:
+        """Loss of the host with the regulariser's.
+
+        Args:
+            host: the host's loss, a scalar.
+            encoder: that embedded the views.
+            graph: clean, of which they are views.
+            views: both.
+
+        Returns:
+            ``loss``, and without gradient the ``host`` and ``pot`` it is made of.
+
+        Raises:
+            ValueError: if a view masks features, which the bound does not cover.
+        """
+        if any(bool(torch.as_tensor(view.feature_mask).any()) for view in views):
+            raise ValueError("POT bounds dropped edges only: feature_mask must be 0 in both views.")
+        chosen = views[0].nodes
+        if self.nodes is not None:
+            count = int(graph.num_nodes) if chosen is None else len(chosen)
+            drawn = torch.randperm(count, device=host.device)[: self.nodes].sort().values
+            chosen = drawn if chosen is None else chosen[drawn]
+        neighbors = self.neighbors or ("closed" if self.variant == "tight" else "induced")
+        total = host.new_zeros(())
+        for view, other in (views, views[::-1]):
+            scores = node_compactness(
+                encoder,
+                graph.x,
+                graph.edge_index,
+                view.edge_index,
+                other.embeddings if chosen is None else other.embeddings[chosen],
+                EdgeDropBounds.of_drops(graph.edge_index, int(graph.num_nodes), view.edge_drop),
+                nodes=chosen,
+                variant=self.variant,
+                neighbors=neighbors,
+            )
+            total = total + F.softplus(-scores).mean() / 2
+        loss = (1 - self.kappa) * host + self.kappa * total
+        return {"loss": loss, "host": host.detach(), "pot": total.detach()}
+
+
+class Layer(NamedTuple):
+    """Weight (out, in) and bias (out,) of a graph convolution."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def bounded_layers(encoder: nn.Module) -> tuple[list[Layer], float]:
+    """The layers of an encoder that can be bounded, and the slope of its activation for negative numbers.
+
+    Raises:
+        TypeError: saying in one sentence which encoders can be bounded.
+        ValueError: for a slope outside [0, 1], or layers that are not built yet.
+    """
+    convs, act = getattr(encoder, "convs", ()), getattr(encoder, "act", None)
+    slope = _negative_slope(act)
+    if slope is None or not all(isinstance(conv, GCNConv) for conv in convs):
+        raise TypeError(
+            "the encoder must be graph convolutions (convs, a list of GCNConv) with one activation after each (act: "
+            f"identity, ReLU, leaky ReLU, RReLU or PReLU of one slope), got {type(encoder).__name__} with "
+            f"{', '.join(sorted({type(conv).__name__ for conv in convs})) or 'no convs'} and {type(act).__name__}."
+        )
+    if not len(convs):
+        raise ValueError("the encoder must have layers, got one that is not built yet.")
+    if not 0 <= slope <= 1:
+        raise ValueError(
+            f"the activation's slope must lie in [0, 1], so that lines enclose it, got {slope:.4g}."
+        )
+    return [Layer(conv.lin.weight, conv.bias) for conv in convs], slope
+
+
+def _negative_slope(act: Any) -> float | None:
+    if isinstance(act, nn.ReLU):
+        return 0.0
+    if isinstance(act, nn.Identity):
+        return 1.0
+    if isinstance(act, nn.LeakyReLU):
+        return act.negative_slope
+    if isinstance(act, nn.RReLU):
+        return (act.lower + act.upper) / 2
+    if isinstance(act, nn.PReLU) and act.weight.numel() == 1:
+        return act.weight.item()
+    return None
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A graph, a view of it and the largest entries of views, or what lies between some nodes of them."""
+
+    x: Tensor
+    clean: Adjacency
+    view: Adjacency
+    upper: Adjacency
+    lower: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, edge_index: Tensor, view_edges: Tensor, bounds: EdgeDropBounds) -> _Local:
+        n, dtype = len(x), x.dtype
+        clean, view = (Adjacency.normalized(edges, n, dtype) for edges in (edge_index, view_edges))
+        return cls(x, clean, view, Adjacency(bounds.edge_index, bounds.upper(dtype), n), bounds.lower(dtype))
+
+    def within(self, nodes: Tensor) -> _Local:
+        """Between some nodes, weights as they were in the whole."""
+        clean, view, upper = (matrix.within(nodes) for matrix in (self.clean, self.view, self.upper))
+        return _Local(self.x.index_select(0, nodes), clean, view, upper, self.lower[nodes])
+
+
+def _around(nodes: Tensor, edge_index: Tensor, num_nodes: int, *, hops: int) -> Tensor:
+    """Nodes from which some nodes can be reached in a number of steps, themselves included, ascending."""
+    reached = torch.zeros(num_nodes, dtype=torch.bool, device=nodes.device)
+    reached[nodes] = True
+    for _ in range(hops):
+        reached[edge_index[0, reached[edge_index[1]]]] = True
+    return reached.nonzero().squeeze(1)
+
+
+def _clean_inputs(layers: Sequence[Layer], act: nn.Module, local: _Local) -> list[Tensor]:
+    """What each layer's adjacency multiplies in the clean graph: the states before it times its weight, (n, D)."""
+    inputs, states = [], local.x
+    for place, layer in enumerate(layers):
+        inputs.append(linear(states, layer.weight))
+        if place + 1 < len(layers):
+            states = act(local.clean.gather(inputs[-1]) + layer.bias)
+    return inputs
+
+
+def _from_clean(layers: Sequence[Layer], inputs: Sequence[Tensor], local: _Local) -> list[_Interval]:
+    """What each layer's activation may be given, were the states before it those of the clean graph."""
+    return [_spread(values, values, layer.bias, local) for values, layer in zip(inputs, layers, strict=True)]
+
+
+def _passed_on(
+    layers: Sequence[Layer], slope: float, inputs: Sequence[Tensor], local: _Local
+) -> list[_Interval]:
+    """What each layer's activation may be given, whatever the states before it within their own bounds."""
+    intervals = [_spread(inputs[0], inputs[0], layers[0].bias, local)]
+    for layer in layers[1:]:
+        low, high = (F.leaky_relu(bound, slope) for bound in intervals[-1])
+        positive, negative = layer.weight.clamp_min(0), layer.weight.clamp_max(0)
+        lowest = low @ positive.T + high @ negative.T
+        highest = high @ positive.T + low @ negative.T
+        intervals.append(_spread(lowest, highest, layer.bias, local))
+    return intervals
+
+
+def _spread(lowest: Tensor, highest: Tensor, bias: Tensor, local: _Local) -> _Interval:
+    """Bounds of A M + b for M between ``lowest`` and ``highest`` and A between the bounds of the adjacency."""
+    d = lowest.shape[1]
+    through = local.upper.gather(torch.cat([lowest.clamp_max(0), highest.clamp_min(0)], dim=1))
+    own = local.lower[:, None]
+    return _Interval(
+        through[:, :d] + own * lowest.clamp_min(0) + bias, through[:, d:] + own * highest.clamp_max(0) + bias
+    )
+
+
+def _backwards(given: Tensor, lines: Relaxation, layer: Layer) -> tuple[Tensor, Tensor]:
+    """Coefficients (N, out) on a layer's outputs as ones on its inputs' weighted sums (N, out), and a constant (N,)."""
+    through = lines.slope * given
+    offset = torch.where(given >= 0, 0.0, lines.offset)
+    return through, (through * (offset + layer.bias)).sum(1)
+
+
+def _tight_score(
+    layers: Sequence[Layer],
+    lines: Sequence[Relaxation],
+    first: Tensor,
+    contrast: Tensor,
+    view: Adjacency,
+    rows: Tensor | None,
+) -> Tensor:
+    def chosen(values: Tensor) -> Tensor:
+        return values if rows is None else values[rows]
+
+    last = Relaxation(*(chosen(part) for part in lines[-1]))
+    through, constant = _backwards(contrast, last, layers[-1])
+    if len(layers) == 1:
+        return (through * chosen(view.gather(first))).sum(1) + constant
+    given = view.gather(first) + layers[0].bias
+    low, high = lines[0].slope * given, lines[0].slope * (given + lines[0].offset)
+    for layer, line in zip(layers[1:-1], lines[1:-1], strict=True):
+        positive, negative = layer.weight.clamp_min(0), layer.weight.clamp_max(0)
+        lowest = view.gather(low @ positive.T + high @ negative.T) + layer.bias
+        highest = view.gather(high @ positive.T + low @ negative.T) + layer.bias
+        low, high = line.slope * lowest, line.slope * (highest + line.offset)
+    on_states = through @ layers[-1].weight
+    low, high = chosen(view.gather(low)), chosen(view.gather(high))
+    return (on_states.clamp_min(0) * low + on_states.clamp_max(0) * high).sum(1) + constant
+
+
+def _official_score(
+    layers: Sequence[Layer],
+    lines: Sequence[Relaxation],
+    inputs: Sequence[Tensor],
+    contrast: Tensor,
+    view: Adjacency,
+) -> Tensor:
+    given, constants = contrast, []
+    for layer, line in zip(reversed(layers), reversed(lines), strict=True):
+        through, constant = _backwards(given, line, layer)
+        constants.append(constant)
+        given = through @ layer.weight if layer is not layers[0] else through
+    # The published code multiplies the first layer's coefficients by its weight, and that by the node's features; the
+    # same number without a matrix as wide as the features.
+    score = (given * inputs[0]).sum(1)
+    for constant in reversed(constants):
+        score = view.scatter(score[:, None]).squeeze(1) + constant
+    return score
