@@ -53,7 +53,7 @@ class EdgeDropBounds:
 
         Cost: O(m).
         """
-        p = torch.as_tensor(probabilities, device=edge_index.device).double()
+        p = torch.as_tensor(probabilities, dtype=torch.float64, device=edge_index.device)
         if p.shape not in ((), edge_index.shape[1:]):
             raise ValueError(
                 f"probabilities must be a number or one for each of the {edge_index.shape[1]} edges, got shape "
