@@ -4,7 +4,7 @@
 
 The published form is written anew from the paper's formulas and the dense matrices that its code holds: bounds of all
 n x n entries of the adjacency, restricted and made sparse in each step, biases as the diagonal of a product, one matrix
-as wide as the features. A step is both directions, forward and backward to the encoder; graphs are random, of 10 edges a
+as wide as the features. A step is both directions, forward and backward to the encoder; graphs are random, 10 edges a
 node, features 500 wide. Each form runs in a process of its own, so that its peak of resident memory is its own; the two
 take turns, and medians are compared. The floor is the products that no form can do without: the first layer's, and one
 with the adjacency for each layer and view, forward and backward.

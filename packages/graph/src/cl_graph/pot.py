@@ -6,13 +6,16 @@ convolutional encoder, with every number an edge's or a node's: nothing is n x n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cl_core import _checks
 from cl_graph._geometric import GCNConv, Graph
@@ -22,6 +25,7 @@ from cl_graph.hosts import EncodedView, Regulariser
 
 Variant = Literal["tight", "official"]
 Neighbors = Literal["closed", "induced"]
+_COLUMNS = 32  # worked out at a time: the fewer, the less memory, the more products with the adjacency
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,6 @@ class EdgeDropBounds:
         return self.degree.to(dtype).reciprocal()
 
 
-class _Interval(NamedTuple):
-    """Bounds of what an activation is given, (rows, D) each."""
-
-    lower: Tensor
-    upper: Tensor
-
-
 class Relaxation(NamedTuple):
     """Lines below and above an activation on an interval: slope v and slope v + lift.
 
@@ -110,10 +107,8 @@ def relax(lower: Tensor, upper: Tensor, negative_slope: float) -> Relaxation:
         upper: u, of the same shape.
         negative_slope: a, in [0, 1].
     """
-    p, q = upper.clamp_min(0), (-lower).clamp_min(0)
-    share = (
-        (1 - negative_slope) * q / (p + q).clamp_min(torch.finfo(q.dtype).tiny)
-    )  # nothing where both are zero
+    p, q = F.relu(upper), F.relu(-lower)
+    share = (1 - negative_slope) * q / (p + q + torch.finfo(q.dtype).tiny)  # nothing where both are zero
     return Relaxation(1 - share, share * p)
 
 
@@ -369,27 +364,27 @@ class _Clean:
         if len(other) != count:
             raise ValueError(f"other must have a row for each of the {count} nodes, got {len(other)}.")
         view = self._part(Adjacency.normalized(view_edges, self.num_nodes, dtype))
-        intervals = self.intervals(bounds, certified=certified)
-        lines = [relax(*interval, self.slope) for interval in intervals]
-        score = _official_score if variant == "official" else _tight_score
-        return score(self.layers, lines, self.inputs, contrast_vectors(other), view, self.rows)
+        upper, own = self.entries(bounds)
+        limits = self.limits(upper, own) if certified else [(values, values) for values in self.inputs]
+        bound = _Bound(self.layers, self.slope, self.inputs, limits, upper, own, view, self.rows)
+        contrast = contrast_vectors(other)
+        return bound.official(contrast) if variant == "official" else bound.tight(contrast)
 
-    def intervals(self, bounds: EdgeDropBounds, *, certified: bool = False) -> list[_Interval]:
-        """What each layer's activation may be given, were the states before it those of the clean graph.
-
-        Certified, whatever the states before it within their own bounds.
-        """
-        dtype, own = self.inputs[0].dtype, bounds.lower(self.inputs[0].dtype)
+    def entries(self, bounds: EdgeDropBounds) -> tuple[Adjacency, Tensor]:
+        """Largest entries of the adjacency, and the smallest of its diagonal, shape (n', 1)."""
+        dtype = self.inputs[0].dtype
+        own = bounds.lower(dtype)[:, None]
         upper = self._part(Adjacency(bounds.edge_index, bounds.upper(dtype), self.num_nodes))
-        own = own if self.within is None else own[self.within]
-        intervals: list[_Interval] = []
-        for layer, values in zip(self.layers, self.inputs, strict=True):
-            lowest = highest = values
-            if certified and intervals:
-                low, high = (F.leaky_relu(bound, self.slope) for bound in intervals[-1])
-                lowest, highest = _through(layer, low, high)
-            intervals.append(_spread(lowest, highest, layer.bias, upper, own[:, None]))
-        return intervals
+        return upper, own if self.within is None else own[self.within]
+
+    def limits(self, upper: Adjacency, own: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Between what each layer's inputs may lie, whatever the states before it within their own bounds."""
+        limits = [(self.inputs[0], self.inputs[0])]
+        for before, layer in pairwise(self.layers):
+            interval = _interval(*limits[-1], before.bias, upper, own)
+            states = (F.leaky_relu(bound, self.slope) for bound in interval)
+            limits.append(_through(layer.weight.T, *states))
+        return limits
 
     def _part(self, adjacency: Adjacency) -> Adjacency:
         return adjacency if self.within is None else adjacency.within(self.within)
@@ -417,67 +412,129 @@ def _around(nodes: Tensor, edge_index: Tensor, num_nodes: int, *, hops: int) -> 
     return reached.nonzero().squeeze(1)
 
 
-def _through(layer: Layer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds of states times a layer's weight, for states between ``low`` and ``high``."""
-    positive, negative = layer.weight.clamp_min(0).T, layer.weight.clamp_max(0).T
+def _through(weight: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of states times a weight (in, out), for states between ``low`` and ``high``."""
+    positive, negative = _signed(weight)
     return low @ positive + high @ negative, high @ positive + low @ negative
 
 
-def _spread(lowest: Tensor, highest: Tensor, bias: Tensor, upper: Adjacency, own: Tensor) -> _Interval:
+def _interval(
+    lowest: Tensor, highest: Tensor, bias: Tensor, upper: Adjacency, own: Tensor
+) -> tuple[Tensor, Tensor]:
     """Bounds of A M + b for M between ``lowest`` and ``highest`` and A between the bounds of the adjacency."""
-    through = upper.gather(torch.cat([lowest.clamp_max(0), highest.clamp_min(0)], dim=1))
-    below, above = through.chunk(2, dim=1)
-    return _Interval(below + own * lowest.clamp_min(0) + bias, above + own * highest.clamp_max(0) + bias)
+    (low_positive, low_negative), (high_positive, high_negative) = _signed(lowest), _signed(highest)
+    below, above = upper.gather(torch.cat([low_negative, high_positive], dim=1)).chunk(2, dim=1)
+    return below + own * low_positive + bias, above + own * high_negative + bias
 
 
-def _backwards(given: Tensor, lines: Relaxation, layer: Layer) -> tuple[Tensor, Tensor]:
-    """Coefficients (N, out) on a layer's outputs as ones on its inputs' weighted sums (N, out), and a constant (N,)."""
-    through = lines.slope * given
-    return through, through @ layer.bias + (lines.lift * given.clamp_max(0)).sum(1)
+def _signed(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive and negative parts; ReLU's backward is one pass, that of a clamp three."""
+    positive = F.relu(values)
+    return positive, values - positive
 
 
-def _tight_score(
-    layers: Sequence[Layer],
-    lines: Sequence[Relaxation],
-    inputs: Sequence[Tensor],
-    contrast: Tensor,
-    view: Adjacency,
-    rows: Tensor | None,
-) -> Tensor:
-    def chosen(values: Tensor) -> Tensor:
-        return values if rows is None else values[rows]
-
-    last = Relaxation(*(chosen(part) for part in lines[-1]))
-    through, constant = _backwards(contrast, last, layers[-1])
-    arriving = view.gather(inputs[0])
-    if len(layers) == 1:
-        return (through * chosen(arriving)).sum(1) + constant
-    low = lines[0].slope * (arriving + layers[0].bias)
-    gap = lines[0].lift  # from the lower bound of the states to the upper one
-    for layer, line in zip(layers[1:-1], lines[1:-1], strict=True):
-        lowest, highest = (view.gather(bound) for bound in _through(layer, low, low + gap))
-        low, gap = line.slope * (lowest + layer.bias), line.slope * (highest - lowest) + line.lift
-    on_states = through @ layers[-1].weight
-    low, gap = (chosen(half) for half in view.gather(torch.cat([low, gap], dim=1)).chunk(2, dim=1))
-    return (on_states * low + on_states.clamp_max(0) * gap).sum(1) + constant
+def _blocks(function: Callable[..., Any], *tensors: Tensor) -> list[Any]:
+    """Results of a function for some columns at a time, whose intermediate results the backward works out anew."""
+    pieces = {id(tensor): tensor.split(_COLUMNS, dim=-1) for tensor in tensors}
+    blocks = zip(*(pieces[id(tensor)] for tensor in tensors), strict=True)
+    if not torch.is_grad_enabled():
+        return [function(*block) for block in blocks]
+    return [checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
 
 
-def _official_score(
-    layers: Sequence[Layer],
-    lines: Sequence[Relaxation],
-    inputs: Sequence[Tensor],
-    contrast: Tensor,
-    view: Adjacency,
-    rows: None,
-) -> Tensor:
-    given, constants = contrast, []
-    for layer, line in zip(reversed(layers), reversed(lines), strict=True):
-        through, constant = _backwards(given, line, layer)
-        constants.append(constant)
-        given = through @ layer.weight if layer is not layers[0] else through
-    # The published code multiplies the first layer's coefficients by its weight, and that by the node's features; the
-    # same number is had without a matrix as wide as the features.
-    score = (given * inputs[0]).sum(1)
-    for constant in reversed(constants):
-        score = view.scatter(score[:, None]).squeeze(1) + constant
-    return score
+@dataclass(frozen=True)
+class _Bound:
+    """The score of a view, from the end of the encoder to its beginning.
+
+    Columns do not meet inside a layer, so that what is as large as its states is worked out for some of them at a time.
+
+    Attributes:
+        layers, slope, inputs, rows: as in :class:`_Clean`.
+        limits: between what each layer's inputs may lie.
+        upper: largest entries of the adjacency.
+        own: smallest entries of its diagonal, shape (n', 1).
+        view: adjacency of the view.
+    """
+
+    layers: list[Layer]
+    slope: float
+    inputs: list[Tensor]
+    limits: list[tuple[Tensor, Tensor]]
+    upper: Adjacency
+    own: Tensor
+    view: Adjacency
+    rows: Tensor | None
+
+    def tight(self, contrast: Tensor) -> Tensor:
+        """Every path of the view with the lines of the node that it passes through, shape (N,)."""
+        through, score = self._backwards(len(self.layers) - 1, contrast)
+        if len(self.layers) == 1:
+            return score + (through * self._chosen(self.view.gather(self.inputs[0]))).sum(1)
+        states: tuple[Tensor, Tensor] | None = None
+        for place in range(len(self.layers) - 2):
+            blocks = _blocks(partial(self._states, states), *self._fed(place))
+            low, gap = zip(*blocks, strict=True)
+            states = torch.cat(low, dim=1), torch.cat(gap, dim=1)
+
+        def part(coefficients: Tensor, *fed: Tensor) -> Tensor:
+            both = self._chosen(self.view.gather(torch.cat(self._states(states, *fed), dim=1)))
+            low, gap = both.chunk(2, dim=1)
+            return (coefficients * low + _signed(coefficients)[1] * gap).sum(1)
+
+        return score + sum(_blocks(part, through @ self.layers[-1].weight, *self._fed(len(self.layers) - 2)))
+
+    def official(self, contrast: Tensor) -> Tensor:
+        """What the published code computes: the coefficients of the last node for the features of the first, (N,).
+
+        It multiplies these coefficients by the first layer's weight, and that by the features; the same number is had
+        without a matrix as wide as the features.
+        """
+        given, constants = contrast, []
+        for place in reversed(range(len(self.layers))):
+            given, constant = self._backwards(place, given)
+            constants.append(constant)
+            if place:
+                given = given @ self.layers[place].weight
+        score = (given * self.inputs[0]).sum(1)
+        for constant in reversed(constants):
+            score = self.view.scatter(score[:, None]).squeeze(1) + constant
+        return score
+
+    def _backwards(self, place: int, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients (N, D) on a layer's outputs as ones on its inputs' weighted sums, and a constant (N,)."""
+
+        def part(given: Tensor, lowest: Tensor, highest: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            slope, lift = (self._chosen(line) for line in self._lines(lowest, highest, bias))
+            through = slope * given
+            return through, through @ bias + (lift * _signed(given)[1]).sum(1)
+
+        blocks = _blocks(part, given, *self.limits[place], self.layers[place].bias)
+        through, constants = zip(*blocks, strict=True)
+        return torch.cat(through, dim=1), sum(constants)
+
+    def _fed(self, place: int) -> tuple[Tensor, ...]:
+        """What :meth:`_states` takes of a layer, columns last."""
+        arriving = self.layers[place].weight.T if place else self.inputs[0]
+        return arriving, *self.limits[place], self.layers[place].bias
+
+    def _states(
+        self,
+        before: tuple[Tensor, Tensor] | None,
+        arriving: Tensor,
+        lowest: Tensor,
+        highest: Tensor,
+        bias: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Lower bounds of a layer's states in the view, and how far above them the upper ones lie, (n', D) each."""
+        slope, lift = self._lines(lowest, highest, bias)
+        if before is None:  # nothing is uncertain before the first layer
+            return slope * (self.view.gather(arriving) + bias), lift
+        low, gap = before
+        below, above = (self.view.gather(bound) for bound in _through(arriving, low, low + gap))
+        return slope * (below + bias), slope * (above - below) + lift
+
+    def _lines(self, lowest: Tensor, highest: Tensor, bias: Tensor) -> Relaxation:
+        return relax(*_interval(lowest, highest, bias, self.upper, self.own), self.slope)
+
+    def _chosen(self, values: Tensor) -> Tensor:
+        return values if self.rows is None else values[self.rows]

@@ -7,11 +7,13 @@ from torch.nn import functional
 from cl_core.losses import NTXentLoss
 from cl_core.projectors import MLPProjector
 from cl_core.testing import parity
+from cl_graph.adjacency import Adjacency
 from cl_graph.encoders import GCN
 from cl_graph.pot import (
     EdgeDropBounds,
-    _backwards,
+    _Bound,
     _Clean,
+    _interval,
     bounded_layers,
     contrast_vectors,
     node_compactness,
@@ -97,17 +99,22 @@ def run_pot(arrays):
     arrays.compare("A_upper", upper)
     arrays.compare("A_lower", bounds.lower(arrays.dtype).diag())
     whole = _Clean.of(encoder, x, clean, nodes, "induced")
-    layers, intervals = whole.layers, whole.intervals(bounds)
-    for place, interval in enumerate(intervals, 1):
-        arrays.compare(f"l{place}", interval.lower)
-        arrays.compare(f"u{place}", interval.upper)
+    layers, entries = whole.layers, whole.entries(bounds)
+    intervals = [
+        _interval(values, values, layer.bias, *entries)
+        for values, layer in zip(whole.inputs, layers, strict=True)
+    ]
+    for place, (lower, upper) in enumerate(intervals, 1):
+        arrays.compare(f"l{place}", lower)
+        arrays.compare(f"u{place}", upper)
     contrast = contrast_vectors(z2)
     arrays.compare("W_cl", contrast)
+    local = Adjacency.normalized(view, n, arrays.dtype).within(nodes)
+    bound = _Bound(layers, whole.slope, whole.inputs, [(m, m) for m in whole.inputs], *entries, local, None)
     given = contrast
     for place in (2, 1):
-        layer = layers[place - 1]
-        through, constant = _backwards(given, relax(*intervals[place - 1], whole.slope), layer)
-        given = through @ layer.weight
+        through, constant = bound._backwards(place - 1, given)
+        given = through @ layers[place - 1].weight
         arrays.compare(f"W_tilde_{place}", given)
         arrays.compare(f"b_tilde_{place}", constant)
     score = node_compactness(
