@@ -658,6 +658,7 @@ def test_a_table_has_no_columns_without_numbers():
     published = {**row, "published": {"linear": 0.7}}
     assert "| method | setting | seeds | knn | linear, published |\n" in markdown(grid, [row, published])
     assert "| A | s | 1 | 50.0 | none |\n" in markdown(grid, [row, published])
+    assert "published" not in markdown(grid, [row, published], ["--data", "Other"])  # another experiment
 
 
 def test_several_processes_share_a_grid(command):

@@ -218,7 +218,11 @@ def reproduce(
 
 
 def markdown(grid: Grid, results: Sequence[Mapping[str, Any]], options: Sequence[str] = ()) -> str:
-    """The table of a grid's results; columns that no line has a number for are left out."""
+    """The table of a grid's results; columns that no line has a number for are left out.
+
+    Published numbers stand beside ours only where no options make another experiment of it.
+    """
+    beside = [{} if options else row["published"] for row in results]
     columns: dict[str, list[str]] = {
         "method": [row["method"] for row in results],
         "setting": [row["setting"] for row in results],
@@ -228,7 +232,7 @@ def markdown(grid: Grid, results: Sequence[Mapping[str, Any]], options: Sequence
         for encoder in _ENCODERS:
             name = metric if encoder == "trained" else f"{metric}, {encoder}"
             columns[name] = [_spread(row[encoder].get(metric)) for row in results]
-        published = [row["published"].get(metric) for row in results]
+        published = [row.get(metric) for row in beside]
         columns[f"{metric}, published"] = [_NONE if p is None else f"{100 * p:.1f}" for p in published]
     for number in grid.numbers:
         columns[number] = [_spread(row["numbers"][number], scale=1, digits=3) for row in results]
@@ -239,7 +243,9 @@ def markdown(grid: Grid, results: Sequence[Mapping[str, Any]], options: Sequence
     if options:
         lines.append(f"All with {' '.join(options)}.")
     sources = [
-        f"{row['method']}: {row['published']['source']}" for row in results if "source" in row["published"]
+        f"{row['method']}: {published['source']}"
+        for row, published in zip(results, beside, strict=True)
+        if "source" in published
     ]
     return "\n".join([*lines, *(f"Published, {source}." for source in dict.fromkeys(sources)), ""])
 
