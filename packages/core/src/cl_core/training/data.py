@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from cl_core import _checks
+from cl_core.evaluation import LinearProbe
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -68,6 +69,24 @@ class Data(ABC):
     def raw(self, inputs: Any) -> Tensor | None:
         """Evaluation inputs as rows of numbers (N, D), the baseline of every encoder; None where there are none."""
         return inputs.flatten(1) if isinstance(inputs, Tensor) else None
+
+    def scores(
+        self,
+        probe: LinearProbe,
+        *,
+        train: tuple[Tensor, Tensor],
+        validation: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
+    ) -> dict[str, float]:
+        """Scores that matter to these data beside the accuracies, by the names of ``evaluating.SCORES``; none here.
+
+        Args:
+            probe: fitted on ``train``, its penalty chosen on ``validation``.
+            train: embeddings (N, D) and labels (N,), all with a label.
+            validation: likewise.
+            test: likewise, those that judge.
+        """
+        return {}
 
     def row_names(self, split: Split) -> Sequence[str] | None:
         """What each row of an evaluation data set is called, such as its file; None if rows have no names."""

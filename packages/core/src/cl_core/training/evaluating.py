@@ -20,7 +20,17 @@ METRICS = ("knn", "linear", "knn_validation", "linear_validation")
 """Accuracies that :func:`accuracies` always gives."""
 CLASSIFIER = ("classifier", "classifier_validation")
 """Accuracies of a method's own classifier, where it defines :meth:`~cl_core.method.Method.classify`."""
-SHOWN = {"knn": "kNN", "linear": "linear probe", "classifier": "classifier"}
+SCORES = ("macro_f1", "auc", "nmi", "ari")
+"""What :meth:`Data.scores` may add, each 1 at best."""
+SHOWN = {
+    "knn": "kNN",
+    "linear": "linear probe",
+    "macro_f1": "Macro-F1",
+    "auc": "AUC",
+    "nmi": "NMI",
+    "ari": "ARI",
+    "classifier": "classifier",
+}
 """What the accuracies on the judged split are called in tables, in their order."""
 FEW = "few_"
 """How the names of the accuracies on few labels begin; the share follows."""
@@ -173,15 +183,22 @@ def neighbour_accuracies(train: Embedding, judged: Embedding, settings: Evaluati
 
 
 def accuracies(
-    train: Embedding, validation: Embedding, test: Embedding, settings: Evaluation
+    train: Embedding, validation: Embedding, test: Embedding, settings: Evaluation, data: Data | None = None
 ) -> dict[str, float]:
     """Accuracy of neighbours and of a linear probe on ``test``, their hyper-parameters chosen on ``validation``.
 
     Rows without a label (negative) take no part.
 
+    Args:
+        train: rows and labels that are learnt from.
+        validation: those that choose.
+        test: those that judge.
+        settings: how.
+        data: that they are of, which may have scores of their own.
+
     Returns:
         ``knn`` and ``linear`` on test, ``knn_validation`` and ``linear_validation``, the chosen ``k`` and
-        ``regularization``; for each of ``few_labels``, ``few_<share>`` on test.
+        ``regularization``; what :meth:`Data.scores` gives; for each of ``few_labels``, ``few_<share>`` on test.
     """
     train, validation, test = (labelled(*part) for part in (train, validation, test))
     scores = neighbour_accuracies(train, validation, settings)
@@ -195,6 +212,8 @@ def accuracies(
         "k": k,
         "regularization": probe.regularization,
     }
+    if data is not None:
+        found |= data.scores(probe, train=train, validation=validation, test=test)
     for share in settings.few_labels:
         few = few_of_each_class(train[1], share)
         probe = linear_probe(
@@ -246,7 +265,7 @@ def evaluate(
         split: embed_split(method, data, split, device=device, batch_size=size)
         for split in dict.fromkeys(("train", "validation", judged))
     }
-    found = accuracies(rows["train"], rows["validation"], rows[judged], settings)
+    found = accuracies(rows["train"], rows["validation"], rows[judged], settings, data)
     return found | classifier_accuracies(method, data, settings, device=device, judged=judged)
 
 
@@ -304,7 +323,7 @@ def evaluate_raw(data: Data, settings: Evaluation | None = None) -> dict[str, fl
     train, validation, test = parts
     if train is None or validation is None or test is None:
         return None
-    return accuracies(train, validation, test, settings)
+    return accuracies(train, validation, test, settings, data)
 
 
 def labelled(rows: Tensor, labels: Tensor) -> Embedding:

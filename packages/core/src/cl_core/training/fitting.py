@@ -424,7 +424,7 @@ def _conclude(run: RunFolder, lit: LitMethod, task: _Task, table: MetricsTable) 
         own = classifier_accuracies(method, task.data, task.judged, device=task.device)
         method.to("cpu")
         train, validation, test = embeddings.values()
-        entries["trained"] = accuracies(train, validation, test, task.judged) | own
+        entries["trained"] = accuracies(train, validation, test, task.judged, task.data) | own
     metrics = run.write_metrics(**entries, train=table.rows[-1] if table.rows else {})
     if task.artist is not None:
         try:

@@ -29,7 +29,7 @@ from jsonargparse import ArgumentParser
 from cl_core import _checks, plugins
 from cl_core.training.cli import Domain
 from cl_core.training.commands import fit_from, planned
-from cl_core.training.evaluating import CLASSIFIER, FEW, METRICS
+from cl_core.training.evaluating import CLASSIFIER, FEW, METRICS, SCORES
 from cl_core.training.files import make_folder, sentence, to_json, write_atomically
 from cl_core.training.run import RunFolder
 from cl_core.training.settings import differences, is_beside
@@ -112,7 +112,7 @@ class Grid:
                 )
             for metric in grid.metrics:
                 if not metric.startswith(FEW):
-                    _checks.choice("metrics", metric, (*METRICS, *CLASSIFIER))
+                    _checks.choice("metrics", metric, (*METRICS, *SCORES, *CLASSIFIER))
             return grid
         except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is not a grid of cells: {sentence(error).rstrip('.')}.") from None

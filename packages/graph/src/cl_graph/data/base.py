@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cl_core import _checks
+from cl_core.evaluation import LinearProbe
 from cl_core.training.data import SPLITS, Data, Split
 from cl_graph._geometric import Graph, coalesce, to_undirected
 from cl_graph.data.splits import NodeSplit, RandomSplit, Splits
 from cl_graph.graphs import NodeBatch, check_edges, check_features
+from cl_graph.scores import cluster_scores, probe_scores
 
 _SPARSE_BELOW = 0.1  # share of entries from which on a dense product is the faster one
 
@@ -179,6 +181,18 @@ class GraphData(Data):
     def raw(self, inputs: NodeBatch) -> Tensor:
         """Features of the nodes."""
         return inputs.graph.x.index_select(0, inputs.nodes).to_dense()
+
+    def scores(
+        self,
+        probe: LinearProbe,
+        *,
+        train: tuple[Tensor, Tensor],
+        validation: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
+    ) -> dict[str, float]:
+        """Macro-F1 and AUC of the probe on test; how well k-means of all labelled nodes finds their classes."""
+        together = (torch.cat(parts) for parts in zip(train, validation, test, strict=True))
+        return probe_scores(probe, *test) | cluster_scores(*together)
 
     @property
     def class_names(self) -> list[str] | None:
