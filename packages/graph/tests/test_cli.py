@@ -46,6 +46,15 @@ def test_every_config_parses_and_says_its_command(name, capsys):
     assert "model:\n  class_path: cl_graph." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", sorted(DOMAIN.grids()))
+def test_every_grid_names_shipped_configs_and_options(name, capsys):
+    from cl_core.training.reproduce import Grid
+
+    for cell in Grid.read(DOMAIN.grids()[name]).cells:
+        assert main(["fit", *cell.arguments(0), "--print_config"]) == 0
+        capsys.readouterr()
+
+
 @pytest.mark.parametrize("name", sorted(DOMAIN.configs()))
 def test_two_steps_of_every_config_on_the_karate_club(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
