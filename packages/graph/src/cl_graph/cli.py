@@ -22,6 +22,7 @@ DOMAIN = cli.Domain(
         "cl_graph.encoders",
         "cl_core.projectors",
         "cl_graph.views",
+        "cl_graph.mixture",
         "cl_graph.pot",
         "cl_graph.data.splits",
     ),

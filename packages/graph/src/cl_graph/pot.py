@@ -199,7 +199,9 @@ def node_compactness(
     if nodes is not None and neighbors == "closed":
         around = _around(nodes, local.clean.edge_index, len(x), hops=len(layers))
         local, rows = local.within(around), torch.searchsorted(around, nodes)
-    inputs = _clean_inputs(layers, encoder.act, local)
+    # A random slope is at its mean here as it is in the bound, in training too.
+    act = nn.LeakyReLU(slope) if isinstance(encoder.act, nn.RReLU) else encoder.act
+    inputs = _clean_inputs(layers, act, local)
     if nodes is not None and neighbors == "induced":
         local, inputs, rows = local.within(nodes), [values[nodes] for values in inputs], None
     intervals = _passed_on(layers, slope, inputs, local) if certified else _from_clean(layers, inputs, local)
