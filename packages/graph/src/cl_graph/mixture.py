@@ -86,7 +86,7 @@ def fit_beta_mixture(x: Tensor, *, false_share: float = 0.05, steps: int = 10) -
 
     Args:
         x: in [0, 1], shape (N,), N >= 2.
-        false_share: f, in (0, 1).
+        false_share: f, in (0, 1). From far too small a share it ends with one component for nearly all entries.
         steps: how many.
 
     Returns:
@@ -200,9 +200,10 @@ def mixture_nce_loss(
     else:
         rows = torch.stack([u1, u2], 1).flatten(0, 1) * temperature**-0.5  # so that a node's are side by side
         plain = self_log_sum_exp(rows, group_size=2, bound=1 / temperature).view(-1, 2).unbind(1)
-        order = (
-            torch.randperm(min(mixed, len(z1) - 1), device=z1.device) if permutation is None else permutation
-        )
+        count = min(mixed, len(z1) - 1)
+        order = torch.randperm(count, device=z1.device) if permutation is None else permutation
+        if order.shape != (count,):
+            raise ValueError(f"permutation must have shape ({count},), got {tuple(order.shape)}.")
         log_negatives = [
             torch.logaddexp(of_side, _mixed(*side, order, temperature))
             for side, of_side in zip(sides, plain, strict=True)
