@@ -4,7 +4,7 @@ import pytest
 from changed_packages import affected
 from workspace import members
 
-EVERYTHING = ["cl-core", "cl-vision"]
+EVERYTHING = ["cl-core", "cl-graph", "cl-vision"]
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ EVERYTHING = ["cl-core", "cl-vision"]
         ([], []),
         (["packages/vision/src/cl_vision/cli.py"], ["cl-vision"]),
         (["packages/vision/README.md", "CONTRIBUTING.md"], ["cl-vision"]),
-        (["packages/core/tests/test_x.py"], EVERYTHING),  # vision requires core
+        (["packages/core/tests/test_x.py"], EVERYTHING),  # all require core
         (["README.md", "RESULTS.md"], []),
         (["pyproject.toml"], EVERYTHING),
         (["constraints.txt"], EVERYTHING),

@@ -35,7 +35,9 @@ def test_the_first_command_names_a_shipped_configuration():
     assert (ROOT / "packages/vision/src/cl_vision/configs" / f"{name}.yaml").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "packages/core/README.md", "packages/vision/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "packages/core/README.md", "packages/graph/README.md", "packages/vision/README.md"]
+)
 def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, images in (("photos", 48), ("labelled/cat", 8), ("labelled/dog", 8)):

@@ -475,3 +475,18 @@ def test_a_million_rows_take_no_quadratic_time(kind):
     started = time.process_time()
     sum(len(batch) for batch in sampler)
     assert time.process_time() - started < 6  # takes 0.2 to 0.8 s; a quadratic step would take hours
+
+
+def test_an_epoch_of_several_passes_sees_every_row_in_each():
+    sampler = EpochBatchSampler(10, 4, drop_last=False, passes=3, seed=1)
+    batches = list(sampler)
+    assert len(sampler) == len(batches) == 9
+    passes = [list(chain(*batches[first : first + 3])) for first in (0, 3, 6)]
+    assert all(sorted(rows) == list(range(10)) for rows in passes)
+    assert passes[0] != passes[1] != passes[2]
+    stopped = EpochBatchSampler(10, 4, drop_last=False, passes=3, seed=1)
+    stopped.start_batch = 5
+    assert list(stopped) == batches[5:]
+    assert len(EpochBatchSampler(10, 4, passes=3)) == 6
+    with pytest.raises(ValueError, match="passes must be at least 1"):
+        EpochBatchSampler(10, 4, passes=0)

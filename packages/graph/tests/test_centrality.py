@@ -85,9 +85,7 @@ def test_features_of_nobody_and_trailing_nodes_have_numbers(graph, name, sparse,
     x = torch.cat([graph.x, torch.rand(3, 12)])  # three more nodes, without edges
     x[:, 4] = 0
     x = x.to_sparse_coo() if sparse else x
-    probabilities = feature_mask_probabilities(
-        x, graph.edge_index, 0.2, centrality=name, magnitude=magnitude
-    )
+    probabilities = feature_mask_probabilities(x, graph.edge_index, 0.2, centrality=name, magnitude=magnitude)
     assert probabilities.isfinite().all() and probabilities.min() >= 0 and probabilities.max() <= 0.7
     assert probabilities[4] == probabilities.max()
     edges = edge_drop_probabilities(graph.edge_index, 27, 0.2, centrality=name)
@@ -104,7 +102,9 @@ def test_features_of_nobody_leave_the_others_alone(graph):
 
 
 def test_sources_that_fade_have_numbers():
-    chain = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 1]])  # nothing arrives at 0, which passes on what it has left
+    chain = torch.tensor(
+        [[0, 1, 2, 3], [1, 2, 3, 1]]
+    )  # nothing arrives at 0, which passes on what it has left
     probabilities = edge_drop_probabilities(chain, 600, 0.2, centrality="pagerank")
     assert probabilities.isfinite().all() and probabilities.max() <= 0.7
 

@@ -87,7 +87,9 @@ def test_the_fit_finds_what_was_drawn():
     assert (likely_true != false).double().mean() > 0.97
 
 
-@pytest.mark.parametrize("x", [torch.full((9,), 0.3), torch.zeros(9), torch.ones(9), torch.tensor([0.0, 1.0])])
+@pytest.mark.parametrize(
+    "x", [torch.full((9,), 0.3), torch.zeros(9), torch.ones(9), torch.tensor([0.0, 1.0])]
+)
 def test_a_fit_to_degenerate_numbers_stays_finite(x):
     mixture = fit_beta_mixture(x)
     assert all(part.isfinite().all() for part in mixture)
@@ -99,7 +101,9 @@ def test_false_negatives_weigh_less_and_single_precision_is_enough():
     cosines = torch.linspace(-1, 1, 101).double()
     weights = FIRST.log_weights(cosines).exp()
     assert weights[-1] < weights[60] and weights[0] < 1e-9
-    torch.testing.assert_close(FIRST.log_weights(cosines.float()).exp(), weights.float(), rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(
+        FIRST.log_weights(cosines.float()).exp(), weights.float(), rtol=2e-5, atol=1e-7
+    )
 
 
 def test_the_module_is_nt_xent_until_it_is_fitted():
@@ -158,7 +162,11 @@ def test_two_nodes_and_more_to_mix_than_there_are():
         (lambda: MixtureNCELoss(mixed=0), ValueError, "mixed must be at least 1"),
         (lambda: MixtureNCELoss(false_share=1.0), ValueError, r"false_share must be in \(0, 1\), got 1.0"),
         (lambda: MixtureNCELoss(0.0), ValueError, "temperature must be finite and > 0"),
-        (lambda: fit_beta_mixture(torch.ones(1)), ValueError, r"x must have shape \(N,\), N >= 2, got \(1,\)"),
+        (
+            lambda: fit_beta_mixture(torch.ones(1)),
+            ValueError,
+            r"x must have shape \(N,\), N >= 2, got \(1,\)",
+        ),
         (lambda: fit_beta_mixture(torch.tensor([0.5, 1.5])), ValueError, r"x must lie in \[0, 1\]"),
         (
             lambda: mixture_nce_loss(torch.ones(3, 2), torch.ones(4, 2), (FIRST, SECOND)),

@@ -62,14 +62,15 @@ def tight_by_hand(encoder, graph, view, other, bounds, nodes, slope):
         lines.append(relax(middle - width, middle + width, slope))
     contrast = contrast_vectors(other)
     on_pre = lines[1].slope[nodes] * contrast
-    constant = (on_pre * (torch.where(contrast < 0, lines[1].offset[nodes], 0) + second.bias)).sum(1)
+    constant = (torch.where(contrast < 0, contrast * lines[1].lift[nodes], 0) + on_pre * second.bias).sum(1)
     on_hidden = on_pre @ second.lin.weight
     pre = q @ inputs + first.bias
     scores = []
     for place, node in enumerate(nodes.tolist()):
         total = constant[place]
         for j in range(n):
-            low, high = lines[0].slope[j] * pre[j], lines[0].slope[j] * (pre[j] + lines[0].offset[j])
+            low = lines[0].slope[j] * pre[j]
+            high = low + lines[0].lift[j]
             chosen = torch.where(on_hidden[place] >= 0, low, high)
             total = total + q[node, j] * (on_hidden[place] * chosen).sum()
         scores.append(total)
@@ -172,14 +173,14 @@ def test_lines_enclose_the_activation(a):
         v = lower + share * (upper - lower)
         value = functional.leaky_relu(v, a)
         assert (lines.slope * v <= value + 1e-12).all()
-        assert (value <= lines.slope * (v + lines.offset) + 1e-12).all()
+        assert (value <= lines.slope * v + lines.lift + 1e-12).all()
 
 
 def test_an_interval_of_zero_width_has_finite_gradients():
     ends = torch.zeros(3, requires_grad=True)
     lines = relax(ends, ends * 1, 0.0)
-    (lines.slope.sum() + lines.offset.sum() + 0 * ends.sum()).backward()
-    assert ends.grad.isfinite().all()
+    (lines.slope.sum() + lines.lift.sum()).backward()
+    assert ends.grad.isfinite().all() and lines.slope.tolist() == [1, 1, 1]
 
 
 def test_budgets():
@@ -263,15 +264,15 @@ def test_nodes_are_drawn_among_those_compared(graph, monkeypatch, variant, batch
 
     seen = []
 
-    def listen(*args, nodes, **options):
-        seen.append((nodes, len(args[4])))
-        return node_compactness(*args, nodes=nodes, **options)
+    def listen(encoder, x, edge_index, nodes, neighbors):
+        seen.append(nodes)
+        return made(encoder, x, edge_index, nodes, neighbors)
 
-    monkeypatch.setattr(pot, "node_compactness", listen)
+    made = pot._Clean.of
+    monkeypatch.setattr(pot._Clean, "of", listen)
     grace(regulariser=POT(0.5, nodes=6, variant=variant))(NodeBatch(graph, batch))["loss"].backward()
-    (first, rows), (second, _) = seen
-    assert torch.equal(first, second) and len(first.unique()) == rows == 6
-    assert batch is None or set(first.tolist()) <= set(batch.tolist())
+    assert len(seen) == 1 and len(seen[0].unique()) == 6
+    assert batch is None or set(seen[0].tolist()) <= set(batch.tolist())
 
 
 def test_masked_features_are_refused(graph):
@@ -327,6 +328,10 @@ def test_a_slope_outside_is_refused(graph):
         ({"nodes": 1}, "nodes must be at least 2"),
         ({"variant": "loose"}, "variant must be one of 'tight', 'official'"),
         ({"neighbors": "open"}, "neighbors must be one of"),
+        (
+            {"variant": "official", "neighbors": "closed"},
+            'neighbors must be "induced" for the official variant',
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -341,6 +346,8 @@ def test_bad_options_are_refused(options, message):
         ({"nodes": torch.tensor([1])}, 1, "z must have at least 2 rows"),
         ({"variant": "official", "certified": True}, 24, "certified needs the tight variant"),
         ({"variant": "official", "nodes": torch.tensor([1, 2])}, 2, 'neighbors must be "induced"'),
+        ({"nodes": torch.tensor([1, 24])}, 2, r"nodes must lie in \[0, 24\), got 1 to 24"),
+        ({"nodes": torch.tensor([1, 1])}, 2, "nodes must each be named once"),
     ],
 )
 def test_bad_calls_are_refused(graph, options, rows, message):

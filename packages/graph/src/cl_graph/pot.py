@@ -88,34 +88,33 @@ class _Interval(NamedTuple):
 
 
 class Relaxation(NamedTuple):
-    """Lines below and above an activation on an interval: slope v and slope (v + offset).
+    """Lines below and above an activation on an interval: slope v and slope v + lift.
 
     Attributes:
         slope: of both lines.
-        offset: of the upper one.
+        lift: of the upper one.
     """
 
     slope: Tensor
-    offset: Tensor
+    lift: Tensor
 
 
 def relax(lower: Tensor, upper: Tensor, negative_slope: float) -> Relaxation:
     """Lines that enclose v for v >= 0 and a v below, on [lower, upper].
 
-    Where the interval holds both signs the slope is (u - a l) / (u - l) and the upper line is lifted by
-    (a - 1) u l / (u - a l); elsewhere the activation is its own line.
+    With p the positive part of u and q that of -l, the slope is (p + a q) / (p + q) and the lift (1 - a) p q / (p + q):
+    the chord where the interval holds both signs, and the activation itself where it does not.
 
     Args:
         lower: l, any shape.
         upper: u, of the same shape.
         negative_slope: a, in [0, 1].
     """
-    a = negative_slope
-    both = (lower < 0) & (upper > 0)
-    l, u = torch.where(both, lower, -1.0), torch.where(both, upper, 1.0)  # noqa: E741 - or a division by zero
-    one_sign = torch.where((lower < 0) & (upper <= 0), a, 1.0).to(l.dtype)
-    slope = torch.where(both, (u - a * l) / (u - l), one_sign)
-    return Relaxation(slope, torch.where(both, (a - 1) * u * l / (u - a * l), 0.0))
+    p, q = upper.clamp_min(0), (-lower).clamp_min(0)
+    share = (
+        (1 - negative_slope) * q / (p + q).clamp_min(torch.finfo(q.dtype).tiny)
+    )  # nothing where both are zero
+    return Relaxation(1 - share, share * p)
 
 
 def contrast_vectors(z: Tensor) -> Tensor:
@@ -190,26 +189,8 @@ def node_compactness(
         raise ValueError(
             'neighbors must be "induced" for some nodes of the official variant, which knows no others.'
         )
-    layers, slope = bounded_layers(encoder)
-    count = len(x) if nodes is None else len(nodes)
-    if len(other) != count:
-        raise ValueError(f"other must have a row for each of the {count} nodes, got {len(other)}.")
-    local = _Local.of(x, edge_index, view_edges, bounds)
-    rows = nodes
-    if nodes is not None and neighbors == "closed":
-        around = _around(nodes, local.clean.edge_index, len(x), hops=len(layers))
-        local, rows = local.within(around), torch.searchsorted(around, nodes)
-    # A random slope is at its mean here as it is in the bound, in training too.
-    act = nn.LeakyReLU(slope) if isinstance(encoder.act, nn.RReLU) else encoder.act
-    inputs = _clean_inputs(layers, act, local)
-    if nodes is not None and neighbors == "induced":
-        local, inputs, rows = local.within(nodes), [values[nodes] for values in inputs], None
-    intervals = _passed_on(layers, slope, inputs, local) if certified else _from_clean(layers, inputs, local)
-    lines = [relax(*interval, slope) for interval in intervals]
-    contrast = contrast_vectors(other)
-    if variant == "official":
-        return _official_score(layers, lines, inputs, contrast, local.view)
-    return _tight_score(layers, lines, inputs[0], contrast, local.view, rows)
+    clean = _Clean.of(encoder, x, edge_index, nodes, neighbors)
+    return clean.scores(view_edges, other, bounds, variant=variant, certified=certified)
 
 
 class POT(Regulariser):
@@ -246,6 +227,7 @@ class POT(Regulariser):
             _checks.count("nodes", nodes, at_least=2)
         _checks.choice("variant", variant, ("tight", "official"))
         _checks.choice("neighbors", neighbors, ("closed", "induced", None))
+        _check_neighbors(variant, neighbors)
         self.kappa, self.nodes, self.variant, self.neighbors = kappa, nodes, variant, neighbors
 
     def forward(
@@ -273,19 +255,12 @@ class POT(Regulariser):
             drawn = torch.randperm(count, device=host.device)[: self.nodes].sort().values
             chosen = drawn if chosen is None else chosen[drawn]
         neighbors = self.neighbors or ("closed" if self.variant == "tight" else "induced")
+        clean = _Clean.of(encoder, graph.x, graph.edge_index, chosen, neighbors)
         total = host.new_zeros(())
         for view, other in (views, views[::-1]):
-            scores = node_compactness(
-                encoder,
-                graph.x,
-                graph.edge_index,
-                view.edge_index,
-                other.embeddings if chosen is None else other.embeddings[chosen],
-                EdgeDropBounds.of_drops(graph.edge_index, int(graph.num_nodes), view.edge_drop),
-                nodes=chosen,
-                variant=self.variant,
-                neighbors=neighbors,
-            )
+            rows = other.embeddings if chosen is None else other.embeddings[chosen]
+            bounds = EdgeDropBounds.of_drops(graph.edge_index, int(graph.num_nodes), view.edge_drop)
+            scores = clean.scores(view.edge_index, rows, bounds, variant=self.variant)
             total = total + F.softplus(-scores).mean() / 2
         loss = (1 - self.kappa) * host + self.kappa * total
         return {"loss": loss, "host": host.detach(), "pot": total.detach()}
@@ -337,25 +312,102 @@ def _negative_slope(act: Any) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Local:
-    """A graph, a view of it and the largest entries of views, or what lies between some nodes of them."""
+class _Clean:
+    """What of a clean graph a bound needs, whatever the view: the part of it that some nodes depend on.
 
-    x: Tensor
-    clean: Adjacency
-    view: Adjacency
-    upper: Adjacency
-    lower: Tensor
+    Attributes:
+        layers: of the encoder.
+        slope: of its activation for negative numbers.
+        inputs: what each layer's adjacency multiplies, the states before it times its weight, (n', D).
+        num_nodes: of the whole graph.
+        within: nodes that the bound is worked out on, shape (n',); None for all.
+        rows: places among them of the nodes that it is about; None for all.
+    """
+
+    layers: list[Layer]
+    slope: float
+    inputs: list[Tensor]
+    num_nodes: int
+    within: Tensor | None
+    rows: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, edge_index: Tensor, view_edges: Tensor, bounds: EdgeDropBounds) -> _Local:
-        n, dtype = len(x), x.dtype
-        clean, view = (Adjacency.normalized(edges, n, dtype) for edges in (edge_index, view_edges))
-        return cls(x, clean, view, Adjacency(bounds.edge_index, bounds.upper(dtype), n), bounds.lower(dtype))
+    def of(
+        cls, encoder: nn.Module, x: Tensor, edge_index: Tensor, nodes: Tensor | None, neighbors: Neighbors
+    ) -> _Clean:
+        layers, slope = bounded_layers(encoder)
+        n, within, rows = len(x), None, None
+        adjacency = Adjacency.normalized(edge_index, n, x.dtype)
+        if nodes is not None:
+            _check_nodes(nodes, n)
+            if neighbors == "closed":
+                within = _around(nodes, adjacency.edge_index, n, hops=len(layers))
+                x, adjacency, rows = (
+                    x.index_select(0, within),
+                    adjacency.within(within),
+                    torch.searchsorted(within, nodes),
+                )
+        # A random slope is at its mean here as it is in the bounds, in training too.
+        act = nn.LeakyReLU(slope) if isinstance(encoder.act, nn.RReLU) else encoder.act
+        inputs: list[Tensor] = []
+        for layer in layers:
+            states = act(adjacency.gather(inputs[-1]) + layers[len(inputs) - 1].bias) if inputs else x
+            inputs.append(linear(states, layer.weight))
+        if nodes is not None and neighbors == "induced":
+            inputs, within = [values[nodes] for values in inputs], nodes
+        return cls(layers, slope, inputs, n, within, rows)
 
-    def within(self, nodes: Tensor) -> _Local:
-        """Between some nodes, weights as they were in the whole."""
-        clean, view, upper = (matrix.within(nodes) for matrix in (self.clean, self.view, self.upper))
-        return _Local(self.x.index_select(0, nodes), clean, view, upper, self.lower[nodes])
+    def scores(
+        self,
+        view_edges: Tensor,
+        other: Tensor,
+        bounds: EdgeDropBounds,
+        *,
+        variant: Variant,
+        certified: bool = False,
+    ) -> Tensor:
+        """As :func:`node_compactness`."""
+        dtype, count = self.inputs[0].dtype, len(self.inputs[0]) if self.rows is None else len(self.rows)
+        if len(other) != count:
+            raise ValueError(f"other must have a row for each of the {count} nodes, got {len(other)}.")
+        view = self._part(Adjacency.normalized(view_edges, self.num_nodes, dtype))
+        intervals = self.intervals(bounds, certified=certified)
+        lines = [relax(*interval, self.slope) for interval in intervals]
+        score = _official_score if variant == "official" else _tight_score
+        return score(self.layers, lines, self.inputs, contrast_vectors(other), view, self.rows)
+
+    def intervals(self, bounds: EdgeDropBounds, *, certified: bool = False) -> list[_Interval]:
+        """What each layer's activation may be given, were the states before it those of the clean graph.
+
+        Certified, whatever the states before it within their own bounds.
+        """
+        dtype, own = self.inputs[0].dtype, bounds.lower(self.inputs[0].dtype)
+        upper = self._part(Adjacency(bounds.edge_index, bounds.upper(dtype), self.num_nodes))
+        own = own if self.within is None else own[self.within]
+        intervals: list[_Interval] = []
+        for layer, values in zip(self.layers, self.inputs, strict=True):
+            lowest = highest = values
+            if certified and intervals:
+                low, high = (F.leaky_relu(bound, self.slope) for bound in intervals[-1])
+                lowest, highest = _through(layer, low, high)
+            intervals.append(_spread(lowest, highest, layer.bias, upper, own[:, None]))
+        return intervals
+
+    def _part(self, adjacency: Adjacency) -> Adjacency:
+        return adjacency if self.within is None else adjacency.within(self.within)
+
+
+def _check_neighbors(variant: Variant, neighbors: Neighbors | None) -> None:
+    if variant == "official" and neighbors == "closed":
+        raise ValueError('neighbors must be "induced" for the official variant, which scores no other nodes.')
+
+
+def _check_nodes(nodes: Tensor, num_nodes: int) -> None:
+    _checks.labels("nodes", nodes, rows=len(nodes), of="nodes", device=nodes.device)
+    if len(nodes) and not 0 <= int(nodes.min()) <= int(nodes.max()) < num_nodes:
+        raise ValueError(f"nodes must lie in [0, {num_nodes}), got {int(nodes.min())} to {int(nodes.max())}.")
+    if len(nodes.unique()) < len(nodes):
+        raise ValueError("nodes must each be named once, got some twice.")
 
 
 def _around(nodes: Tensor, edge_index: Tensor, num_nodes: int, *, hops: int) -> Tensor:
@@ -367,56 +419,29 @@ def _around(nodes: Tensor, edge_index: Tensor, num_nodes: int, *, hops: int) -> 
     return reached.nonzero().squeeze(1)
 
 
-def _clean_inputs(layers: Sequence[Layer], act: nn.Module, local: _Local) -> list[Tensor]:
-    """What each layer's adjacency multiplies in the clean graph: the states before it times its weight, (n, D)."""
-    inputs, states = [], local.x
-    for place, layer in enumerate(layers):
-        inputs.append(linear(states, layer.weight))
-        if place + 1 < len(layers):
-            states = act(local.clean.gather(inputs[-1]) + layer.bias)
-    return inputs
+def _through(layer: Layer, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of states times a layer's weight, for states between ``low`` and ``high``."""
+    positive, negative = layer.weight.clamp_min(0).T, layer.weight.clamp_max(0).T
+    return low @ positive + high @ negative, high @ positive + low @ negative
 
 
-def _from_clean(layers: Sequence[Layer], inputs: Sequence[Tensor], local: _Local) -> list[_Interval]:
-    """What each layer's activation may be given, were the states before it those of the clean graph."""
-    return [_spread(values, values, layer.bias, local) for values, layer in zip(inputs, layers, strict=True)]
-
-
-def _passed_on(
-    layers: Sequence[Layer], slope: float, inputs: Sequence[Tensor], local: _Local
-) -> list[_Interval]:
-    """What each layer's activation may be given, whatever the states before it within their own bounds."""
-    intervals = [_spread(inputs[0], inputs[0], layers[0].bias, local)]
-    for layer in layers[1:]:
-        low, high = (F.leaky_relu(bound, slope) for bound in intervals[-1])
-        positive, negative = layer.weight.clamp_min(0), layer.weight.clamp_max(0)
-        lowest = low @ positive.T + high @ negative.T
-        highest = high @ positive.T + low @ negative.T
-        intervals.append(_spread(lowest, highest, layer.bias, local))
-    return intervals
-
-
-def _spread(lowest: Tensor, highest: Tensor, bias: Tensor, local: _Local) -> _Interval:
+def _spread(lowest: Tensor, highest: Tensor, bias: Tensor, upper: Adjacency, own: Tensor) -> _Interval:
     """Bounds of A M + b for M between ``lowest`` and ``highest`` and A between the bounds of the adjacency."""
-    d = lowest.shape[1]
-    through = local.upper.gather(torch.cat([lowest.clamp_max(0), highest.clamp_min(0)], dim=1))
-    own = local.lower[:, None]
-    return _Interval(
-        through[:, :d] + own * lowest.clamp_min(0) + bias, through[:, d:] + own * highest.clamp_max(0) + bias
-    )
+    through = upper.gather(torch.cat([lowest.clamp_max(0), highest.clamp_min(0)], dim=1))
+    below, above = through.chunk(2, dim=1)
+    return _Interval(below + own * lowest.clamp_min(0) + bias, above + own * highest.clamp_max(0) + bias)
 
 
 def _backwards(given: Tensor, lines: Relaxation, layer: Layer) -> tuple[Tensor, Tensor]:
     """Coefficients (N, out) on a layer's outputs as ones on its inputs' weighted sums (N, out), and a constant (N,)."""
     through = lines.slope * given
-    offset = torch.where(given >= 0, 0.0, lines.offset)
-    return through, (through * (offset + layer.bias)).sum(1)
+    return through, through @ layer.bias + (lines.lift * given.clamp_max(0)).sum(1)
 
 
 def _tight_score(
     layers: Sequence[Layer],
     lines: Sequence[Relaxation],
-    first: Tensor,
+    inputs: Sequence[Tensor],
     contrast: Tensor,
     view: Adjacency,
     rows: Tensor | None,
@@ -426,18 +451,17 @@ def _tight_score(
 
     last = Relaxation(*(chosen(part) for part in lines[-1]))
     through, constant = _backwards(contrast, last, layers[-1])
+    arriving = view.gather(inputs[0])
     if len(layers) == 1:
-        return (through * chosen(view.gather(first))).sum(1) + constant
-    given = view.gather(first) + layers[0].bias
-    low, high = lines[0].slope * given, lines[0].slope * (given + lines[0].offset)
+        return (through * chosen(arriving)).sum(1) + constant
+    low = lines[0].slope * (arriving + layers[0].bias)
+    gap = lines[0].lift  # from the lower bound of the states to the upper one
     for layer, line in zip(layers[1:-1], lines[1:-1], strict=True):
-        positive, negative = layer.weight.clamp_min(0), layer.weight.clamp_max(0)
-        lowest = view.gather(low @ positive.T + high @ negative.T) + layer.bias
-        highest = view.gather(high @ positive.T + low @ negative.T) + layer.bias
-        low, high = line.slope * lowest, line.slope * (highest + line.offset)
+        lowest, highest = (view.gather(bound) for bound in _through(layer, low, low + gap))
+        low, gap = line.slope * (lowest + layer.bias), line.slope * (highest - lowest) + line.lift
     on_states = through @ layers[-1].weight
-    low, high = chosen(view.gather(low)), chosen(view.gather(high))
-    return (on_states.clamp_min(0) * low + on_states.clamp_max(0) * high).sum(1) + constant
+    low, gap = (chosen(half) for half in view.gather(torch.cat([low, gap], dim=1)).chunk(2, dim=1))
+    return (on_states * low + on_states.clamp_max(0) * gap).sum(1) + constant
 
 
 def _official_score(
@@ -446,6 +470,7 @@ def _official_score(
     inputs: Sequence[Tensor],
     contrast: Tensor,
     view: Adjacency,
+    rows: None,
 ) -> Tensor:
     given, constants = contrast, []
     for layer, line in zip(reversed(layers), reversed(lines), strict=True):
@@ -453,7 +478,7 @@ def _official_score(
         constants.append(constant)
         given = through @ layer.weight if layer is not layers[0] else through
     # The published code multiplies the first layer's coefficients by its weight, and that by the node's features; the
-    # same number without a matrix as wide as the features.
+    # same number is had without a matrix as wide as the features.
     score = (given * inputs[0]).sum(1)
     for constant in reversed(constants):
         score = view.scatter(score[:, None]).squeeze(1) + constant

@@ -13,9 +13,7 @@ from cl_graph.mixture import BetaMixture, fit_beta_mixture, mixture_nce_loss
 from cl_graph.pot import (
     EdgeDropBounds,
     _backwards,
-    _clean_inputs,
-    _from_clean,
-    _Local,
+    _Clean,
     bounded_layers,
     contrast_vectors,
     node_compactness,
@@ -61,8 +59,8 @@ def run_grace_loss(arrays):
 
 
 def run_linear_bounds(arrays):
-    slope, offset = relax(arrays.tensor("l"), arrays.tensor("u"), arrays.parameter("slope"))
-    none = torch.zeros_like(offset)
+    slope, lift = relax(arrays.tensor("l"), arrays.tensor("u"), arrays.parameter("slope"))
+    offset, none = torch.where(slope > 0, lift / slope, 0), torch.zeros_like(lift)
     for name, value in {"alpha_L": slope, "alpha_U": slope, "beta_U": offset, "beta_L": none}.items():
         arrays.compare(name, value)
 
@@ -100,13 +98,8 @@ def run_pot(arrays):
     upper[tuple(bounds.edge_index)] = bounds.upper(arrays.dtype)
     arrays.compare("A_upper", upper)
     arrays.compare("A_lower", bounds.lower(arrays.dtype).diag())
-    layers, slope = bounded_layers(encoder)
-    whole = _Local.of(x, clean, view, bounds)
-    inputs, local = (
-        [values[nodes] for values in _clean_inputs(layers, encoder.act, whole)],
-        whole.within(nodes),
-    )
-    intervals = _from_clean(layers, inputs, local)
+    whole = _Clean.of(encoder, x, clean, nodes, "induced")
+    layers, intervals = whole.layers, whole.intervals(bounds)
     for place, interval in enumerate(intervals, 1):
         arrays.compare(f"l{place}", interval.lower)
         arrays.compare(f"u{place}", interval.upper)
@@ -115,7 +108,7 @@ def run_pot(arrays):
     given = contrast
     for place in (2, 1):
         layer = layers[place - 1]
-        through, constant = _backwards(given, relax(*intervals[place - 1], slope), layer)
+        through, constant = _backwards(given, relax(*intervals[place - 1], whole.slope), layer)
         given = through @ layer.weight
         arrays.compare(f"W_tilde_{place}", given)
         arrays.compare(f"b_tilde_{place}", constant)
@@ -171,9 +164,7 @@ def run_progcl_losses(arrays):
             z1, z2, (mixture, mixture), mode=mode, permutation=order, reduction="none", **options
         )[:n]
         arrays.compare(f"semi_{mode}", semi)
-        arrays.compare_gradients(
-            semi.mean(), **{f"grad_z1_{mode}_mean": z1, f"grad_z2_{mode}_mean": z2}
-        )
+        arrays.compare_gradients(semi.mean(), **{f"grad_z1_{mode}_mean": z1, f"grad_z2_{mode}_mean": z2})
 
 
 def run_costa_loss(arrays):
