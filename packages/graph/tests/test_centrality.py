@@ -41,7 +41,7 @@ def test_pagerank_is_the_recursion(graph):
 
 
 def test_eigenvector_is_the_leading_one(graph):
-    values, vectors = torch.linalg.eigh(dense_of(graph.edge_index, 24))
+    _, vectors = torch.linalg.eigh(dense_of(graph.edge_index, 24))
     expected = vectors[:, -1] * vectors[:, -1].sum().sign()
     found = eigenvector_centrality(graph.edge_index, 24)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
@@ -60,7 +60,7 @@ def test_edges_to_central_nodes_are_dropped_less(graph, name):
     arriving = torch.bincount(edges[1], minlength=24)[edges[1]]
     least, most = arriving == arriving.min(), arriving == arriving.max()
     assert probabilities[least].mean() > probabilities[most].mean() + 0.1
-    assert 0 <= probabilities.min() and probabilities.max() <= 0.7
+    assert probabilities.min() >= 0 and probabilities.max() <= 0.7
 
 
 def test_the_mean_is_the_rate_while_nothing_is_cut_off(graph):

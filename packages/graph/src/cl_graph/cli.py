@@ -12,11 +12,11 @@ DOMAIN = cli.Domain(
     distribution="cl-graph",
     summary="Contrastive learning on graphs.",
     data={
-        "Amazon": "cl_graph.data:Amazon",
-        "CitationFull": "cl_graph.data:CitationFull",
-        "Coauthor": "cl_graph.data:Coauthor",
-        "KarateClub": "cl_graph.data:KarateClub",
-        "Planetoid": "cl_graph.data:Planetoid",
+        "Amazon": "cl_graph.data.benchmarks:Amazon",
+        "CitationFull": "cl_graph.data.benchmarks:CitationFull",
+        "Coauthor": "cl_graph.data.benchmarks:Coauthor",
+        "KarateClub": "cl_graph.data.benchmarks:KarateClub",
+        "Planetoid": "cl_graph.data.benchmarks:Planetoid",
     },
     modules=(
         "cl_graph.encoders",

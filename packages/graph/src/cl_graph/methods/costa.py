@@ -27,8 +27,12 @@ class COSTA(NodeContrast):
 
     With embeddings z_v (N, D) of view v and a random projection P (k, N) over the nodes, entries normal with variance
     1 / k and drawn anew each step, the projector's outputs h_v = g(P z_v) are compared, row by row. Published is the
-    loss with negatives of the other view alone: ``InfoNCELoss(temperature=0.4, symmetric=True)``. Both views share P;
-    with ``single_view`` one view is projected twice, by a P of its own each time.
+    loss with negatives of the other view alone: ``InfoNCELoss(temperature=0.4, symmetric=True)``. Both views share P.
+
+    With ``single_view`` one view is projected twice, by a P of its own each time. Beware of it: given z, row a of one
+    projection has no more to do with row a of the other than with any, so the expected loss is never below log k, and
+    training leads to where all projections point one way. It is here as the authors' code is known to do it, for
+    comparison.
 
     A row of a sketch is no node. So the host says nothing of single nodes, while a regulariser does: ``POT`` reads
     the embeddings of the nodes before they are mixed and draws from all that are compared. With ``single_view`` it is
