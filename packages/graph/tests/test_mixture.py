@@ -83,7 +83,7 @@ def test_the_fit_finds_what_was_drawn():
     assert mixture.alphas.tolist() == pytest.approx([3, 12], rel=0.1)
     assert mixture.betas.tolist() == pytest.approx([8, 3], rel=0.1)
     assert mixture.weights.tolist() == pytest.approx([0.7, 0.3], rel=0.05)
-    likely_true = mixture.log_odds(x.double()) < 0
+    likely_true = mixture.log_odds()(x.double()) < 0
     assert (likely_true != false).double().mean() > 0.97
 
 
@@ -93,17 +93,17 @@ def test_the_fit_finds_what_was_drawn():
 def test_a_fit_to_degenerate_numbers_stays_finite(x):
     mixture = fit_beta_mixture(x)
     assert all(part.isfinite().all() for part in mixture)
-    weights = mixture.log_weights(torch.tensor([-1.0, 0.0, 0.999, 1.0, 1.0000002]))
+    weights = mixture.log_odds().log_weights(torch.tensor([-1.0, 0.0, 0.999, 1.0, 1.0000002]))
     assert weights.isfinite().all()
 
 
 def test_false_negatives_weigh_less_and_single_precision_is_enough():
-    cosines = torch.linspace(-1, 1, 101).double()
-    weights = FIRST.log_weights(cosines).exp()
+    cosines, odds = torch.linspace(-1, 1, 101).double(), FIRST.log_odds()
+    weights = odds.log_weights(cosines).exp()
+    x = (cosines[1:-1] + 1) / 2
+    torch.testing.assert_close(weights[1:-1], 2 * true_share(FIRST, x) * x)
     assert weights[-1] < weights[60] and weights[0] < 1e-9
-    torch.testing.assert_close(
-        FIRST.log_weights(cosines.float()).exp(), weights.float(), rtol=2e-5, atol=1e-7
-    )
+    torch.testing.assert_close(odds.log_weights(cosines.float()).exp(), weights.float(), rtol=2e-5, atol=1e-6)
 
 
 def test_the_module_is_nt_xent_until_it_is_fitted():

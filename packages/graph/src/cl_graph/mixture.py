@@ -9,6 +9,7 @@ that is heavy in it, the weighted log-sum-exp, is the core's.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -52,26 +53,45 @@ class BetaMixture(NamedTuple):
     betas: Tensor
     weights: Tensor
 
-    def log_odds(self, x: Tensor, rest: Tensor | None = None) -> Tensor:
-        """Logarithm of how much likelier component 1 is than component 0.
+    def log_odds(self) -> LogOdds:
+        """How much likelier component 1 is than component 0, of numbers as they come in a tile."""
+        a, b, w = (part.double() for part in self)
+        constant = w.log() - (a.lgamma() + b.lgamma() - (a + b).lgamma())
+        return LogOdds(*((part[1] - part[0]).item() for part in (constant, a, b)))
 
-        Args:
-            x: in [0, 1], any shape.
-            rest: 1 - x, where it is known better than by subtraction.
 
-        Returns:
-            As ``x``.
-        """
-        rest = 1 - x if rest is None else rest
-        a, b = self.alphas.double(), self.betas.double()
-        of_both = self.weights.double().log() - (a.lgamma() + b.lgamma() - (a + b).lgamma())
-        constant, of_x, of_rest = ((t[1] - t[0]).to(x.dtype) for t in (of_both, a, b))
-        return constant + of_x * x.clamp_min(_TINY).log() + of_rest * rest.clamp_min(_TINY).log()
+class LogOdds(NamedTuple):
+    """The logarithm c + a log x + b log(1 - x)."""
 
+    constant: float
+    of_x: float
+    of_rest: float
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of x in [0, 1], of any shape."""
+        edge = _edge(x.dtype)
+        x = x.clamp(edge, 1 - edge)
+        return self.constant + self.of_x * x.log() + self.of_rest * (-x).log1p()
+
+    @torch.no_grad()
     def log_weights(self, cosines: Tensor) -> Tensor:
-        """Logarithm of B = P(true negative | x) x, with x = (cosine + 1) / 2, of any shape."""
-        x, rest = (1 + cosines) / 2, (1 - cosines) / 2
-        return x.clamp_min(_TINY).log() - F.softplus(self.log_odds(x, rest))
+        """Logarithm of 2 B, B = P(component 0 | x) x, with x = (cosine + 1) / 2, of any shape; constant to autograd.
+
+        Only ratios of weights matter, so the factor stays. Each entry of the matrix of similarities comes through here
+        several times a step, so it is in few passes.
+        """
+        edge = _edge(cosines.dtype)
+        cosines = cosines.clamp(edge - 1, 1 - edge)
+        log_x = cosines.log1p()
+        odds = cosines.neg_().log1p_().mul_(self.of_rest).add_(log_x, alpha=self.of_x)
+        odds.add_(self.constant - (self.of_x + self.of_rest) * math.log(2))
+        return log_x.sub_(F.softplus(odds))
+
+
+def _edge(dtype: torch.dtype) -> float:
+    """How near to the ends of an interval a number may lie."""
+    return max(_TINY, torch.finfo(dtype).eps)
 
 
 def fit_beta_mixture(x: Tensor, *, false_share: float = 0.05, steps: int = 10) -> BetaMixture:
@@ -177,7 +197,7 @@ def mixture_nce_loss(
     Raises:
         ValueError: if shapes or options do not fit.
 
-    Cost: O(N^2 D) time, about six times that of NT-Xent; O(N D) memory beyond a few thousand rows, and
+    Cost: O(N^2 D) time, a few times that of NT-Xent; O(N D) memory beyond a few thousand rows, and
     O(N mixed) to mix.
 
     Reference: Xia et al., "ProGCL: Rethinking Hard Negative Mining in Graph Contrastive Learning", ICML 2022,
@@ -216,10 +236,10 @@ def mixture_nce_loss(
 def _weighted(anchors: Tensor, others: Tensor, mixture: BetaMixture, temperature: float) -> Tensor:
     """Log-sum-exp of the weighted logits of anchors with the other nodes of both views, unit rows, shape (N,)."""
     rows, columns = anchors.detach(), others.detach()
-    nodes = torch.arange(len(rows), device=rows.device)
+    nodes, odds = torch.arange(len(rows), device=rows.device), mixture.log_odds()
 
     def log_weight(row: Tensor, column: Tensor) -> Tensor:
-        return mixture.log_weights(_cosines(rows[row], columns[column]))
+        return odds.log_weights(_cosines(rows[row], columns[column]))
 
     def log_weight_of_both(row: Tensor, column: Tensor) -> Tensor:
         # A tile's first column is even, and so is its width: it holds whole nodes, each weighed once for both views.
@@ -266,11 +286,11 @@ class _Hardest(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         cosines, weights = rows.new_empty(len(rows), count), rows.new_empty(len(rows), count)
         places = torch.empty(len(rows), count, dtype=torch.int32, device=rows.device)
-        height = _height(columns)
+        height, odds = _height(columns), mixture.log_odds()
         for start in range(0, len(rows), height):
             part = slice(start, start + height)
             of_part = _cosines(rows[part], columns)
-            log_weights = mixture.log_weights(of_part)
+            log_weights = odds.log_weights(of_part)
             log_weights.diagonal(start).fill_(-torch.inf)
             hardest, place = log_weights.topk(count, dim=1)
             weights[part], places[part] = hardest.exp_(), place

@@ -146,7 +146,7 @@ def run_progcl_bmm(arrays):
     tolerance = parity.Tolerance(relative=1e-6 if arrays.dtype == torch.float64 else 1e-5)
     for name, value in mixture._asdict().items():
         arrays.compare(name, value, tolerance=tolerance)
-    posterior = torch.sigmoid(-mixture.log_odds(arrays.tensor("query")))
+    posterior = torch.sigmoid(-mixture.log_odds()(arrays.tensor("query")))
     arrays.compare("posterior0", posterior, tolerance=tolerance)
 
 
@@ -156,7 +156,7 @@ def run_progcl_losses(arrays):
     n = len(z1)
     cosines = functional.normalize(z1.detach()) @ functional.normalize(z2.detach()).T
     others = ~torch.eye(n, dtype=torch.bool)
-    arrays.compare("B", mixture.log_weights(cosines).exp()[others].view(n, n - 1))
+    arrays.compare("B", (mixture.log_odds().log_weights(cosines).exp() / 2)[others].view(n, n - 1))
     options = {"temperature": arrays.parameter("tau"), "mixed": arrays.parameter("sel_num")}
     order = arrays.tensor("mix_perm")
     for mode in ("weight", "mix"):
