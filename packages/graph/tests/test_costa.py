@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from cl_core.losses import InfoNCELoss, NTXentLoss, SupConLoss
+from cl_core.training import export_method, load_export
 from cl_graph.data import NodeBatch
 from cl_graph.encoders import GCN
 from cl_graph.methods import COSTA
@@ -143,3 +144,10 @@ def test_refusals(options, error, message):
 def test_a_second_view_of_one_is_refused():
     with pytest.raises(ValueError, match="second_view must be None with single_view=True, got UniformView"):
         COSTA(GCN(12, dim=8), NTXentLoss(), second_view=UniformView(), single_view=True)
+
+
+def test_one_view_is_exported_as_one(graph, tmp_path):
+    method = costa(single_view=True)
+    loaded = load_export(export_method(method, tmp_path))
+    assert loaded.second_view is None and loaded.single_view
+    assert torch.equal(loaded.embed(graph), method.eval().embed(graph))
