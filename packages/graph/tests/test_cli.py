@@ -39,6 +39,12 @@ def test_data_names_lead_to_classes():
         assert getattr(import_module(module), attribute).__name__ == name
 
 
+def test_a_fresh_process_knows_the_names_of_a_config():
+    code = "from cl_graph.cli import main; main(['fit', '--config', 'progcl/karate', '--print_config'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stderr, done.stdout.count("class_path: cl_graph.")) == ("", 6)
+
+
 @pytest.mark.parametrize("name", sorted(DOMAIN.configs()))
 def test_every_config_parses_and_says_its_command(name, capsys):
     assert DOMAIN.configs()[name].read_text().startswith(f"# cl-graph fit --config {name}\n")

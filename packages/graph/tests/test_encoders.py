@@ -54,3 +54,13 @@ def test_refusals(options, message):
 def test_features_of_another_width_are_refused(graph):
     with pytest.raises(ValueError, match="x must have 3 features, got 12"):
         GCN(3)(graph.x, graph.edge_index)
+
+
+def test_a_random_slope_is_random_in_training_and_its_mean_otherwise(graph):
+    torch.manual_seed(0)
+    encoder = GCN(12, dim=5, layers=1, activation="rrelu")
+    draws = [encoder(graph.x, graph.edge_index) for _ in range(2)]
+    assert not torch.equal(*draws)
+    z = encoder.eval()(graph.x, graph.edge_index)
+    before = encoder.convs[0](graph.x, graph.edge_index)
+    torch.testing.assert_close(z, torch.nn.functional.leaky_relu(before, (1 / 8 + 1 / 3) / 2))

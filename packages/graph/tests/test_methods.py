@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from cl_core import plugins
-from cl_core.losses import NTXentLoss
+from cl_core.losses import InfoNCELoss, NTXentLoss
 from cl_core.testing import method_checks
 from cl_core.testing.methods import CHECKS
 from cl_graph.data import NodeBatch
 from cl_graph.encoders import GCN
 from cl_graph.graphs import Graph
-from cl_graph.methods import GRACE
+from cl_graph.methods import COSTA, GCA, GRACE, ProGCL
+from cl_graph.mixture import MixtureNCELoss
 
 # {method: {check: reason}}: the one place where a method may be excused from a check.
 EXCLUSIONS = json.loads(Path(__file__).with_name("exclusions.json").read_text())
@@ -28,8 +29,25 @@ def grace():
     return GRACE(GCN(6, dim=8), NTXentLoss(temperature=0.4))
 
 
+def gca():
+    return GCA(GCN(6, dim=8), NTXentLoss(temperature=0.4))
+
+
+def costa():
+    return COSTA(GCN(6, dim=8), InfoNCELoss(temperature=0.4, symmetric=True), ratio=0.6)
+
+
+def progcl():
+    return ProGCL(GCN(6, dim=8), MixtureNCELoss(temperature=0.4), mixture_from=1)
+
+
 # {method: (factory, loss after two steps)}
-TINY = {"GRACE": (grace, 3.314392)}
+TINY = {
+    "COSTA": (costa, 1.951048),
+    "GCA": (gca, 3.206461),
+    "GRACE": (grace, 3.314392),
+    "ProGCL": (progcl, 3.214226),
+}
 
 
 def ring(nodes=12, seed=0):

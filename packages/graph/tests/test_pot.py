@@ -377,3 +377,39 @@ def test_two_nodes_are_enough(graph):
 def test_bad_probabilities_are_refused(graph, probabilities):
     with pytest.raises(ValueError, match="probabilities must"):
         EdgeDropBounds.of_drops(graph.edge_index, 24, probabilities)
+
+
+def test_random_slopes_are_bounded_by_their_mean(graph):
+    encoder, view, x = encoder_of("rrelu"), graph.edge_index[:, ::2], graph.x.double()
+    bounds = EdgeDropBounds.of_drops(graph.edge_index, 24, 0.5)
+    other = torch.randn(24, 5, dtype=torch.float64)
+    training, evaluating = (
+        node_compactness(encoder.train(mode), x, graph.edge_index, view, other, bounds)
+        for mode in (True, False)
+    )
+    assert torch.equal(training, evaluating)
+    leaky = encoder_of("leaky_relu")
+    leaky.load_state_dict(encoder.state_dict())
+    leaky.act.negative_slope = (1 / 8 + 1 / 3) / 2
+    expected = node_compactness(leaky, x, graph.edge_index, view, other, bounds)
+    torch.testing.assert_close(training, expected)
+
+
+def test_a_host_of_random_slopes_trains_under_it(graph):
+    method = GRACE(
+        GCN(12, dim=8, activation="rrelu"),
+        NTXentLoss(0.4),
+        UniformView(0.3, 0),
+        UniformView(0.2, 0),
+        regulariser=POT(kappa=0.3),
+    )
+    optimizer = torch.optim.Adam(method.parameters(), lr=0.01)
+    totals = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses = method(graph)
+        losses["loss"].backward()
+        optimizer.step()
+        totals.append({name: value.item() for name, value in losses.items()})
+    for name in ("loss", "host", "pot"):
+        assert sum(t[name] for t in totals[-10:]) < sum(t[name] for t in totals[:10])

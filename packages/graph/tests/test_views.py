@@ -1,7 +1,12 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
-from cl_graph.views import GraphView, UniformView
+from cl_graph import views
+from cl_graph.centrality import edge_drop_probabilities, feature_mask_probabilities
+from cl_graph.views import AdaptiveView, GraphView, UniformView
 
 
 def test_shares_of_edges_and_whole_columns(graph):
@@ -49,3 +54,68 @@ def test_rates_out_of_range_are_refused(rates):
 def test_a_view_must_say_what_it_does(graph):
     with pytest.raises(NotImplementedError, match="GraphView must define edge_drop_probabilities"):
         GraphView()(graph)
+
+
+def test_an_adaptive_view_drops_as_probably_as_it_says(graph):
+    torch.manual_seed(0)
+    view, kept, masked = AdaptiveView(0.4, 0.3, "pagerank", 0.6), torch.zeros(24, 24), torch.zeros(12)
+    for _ in range(400):
+        x, edges = view(graph)
+        kept[tuple(edges)] += 1
+        masked += x.sum(0) == 0
+    dropped = 1 - kept[tuple(graph.edge_index)].double() / 400
+    options = {"centrality": "pagerank", "threshold": 0.6}
+    expected = edge_drop_probabilities(graph.edge_index, 24, 0.4, **options)
+    torch.testing.assert_close(dropped, expected, atol=0.11, rtol=0)
+    assert dropped.mean().item() == pytest.approx(expected.mean().item(), abs=0.01)
+    expected = feature_mask_probabilities(graph.x, graph.edge_index, 0.3, **options)
+    torch.testing.assert_close(masked.double() / 400, expected, atol=0.11, rtol=0)
+
+
+def test_probabilities_are_worked_out_once_for_a_graph(graph, monkeypatch):
+    calls = []
+    for name in ("edge_drop_probabilities", "feature_mask_probabilities"):
+        made = getattr(views, name)
+        monkeypatch.setattr(
+            views, name, lambda *given, made=made, **options: calls.append(1) or made(*given, **options)
+        )
+    view = AdaptiveView()
+    for _ in range(3):
+        view(graph)
+    assert len(calls) == 2
+    other = graph.clone()
+    other.edge_index = graph.edge_index[:, :-2].clone()
+    before = view.edge_drop_probabilities(graph)
+    assert len(view.edge_drop_probabilities(other)) == len(before) - 2
+    assert len(calls) == 3
+    other.edge_index[1, 0] = other.edge_index[0, 0]  # written to: no longer what it was
+    view.edge_drop_probabilities(other)
+    assert len(calls) == 4
+
+
+def test_a_copied_view_remembers_nothing_but_its_arguments(graph):
+    view = AdaptiveView(0.2, 0.1, "eigenvector", 0.5)
+    probabilities = view.edge_drop_probabilities(graph)
+    for other in (copy.deepcopy(view), pickle.loads(pickle.dumps(view))):
+        assert (other.edge_drop, other.feature_mask) == (0.2, 0.1)
+        assert torch.equal(other.edge_drop_probabilities(graph), probabilities)
+
+
+def test_an_adaptive_view_of_rate_zero_loses_nothing(graph):
+    view = AdaptiveView(0, 0)
+    x, edge_index = view(graph)
+    assert torch.equal(x, graph.x) and torch.equal(edge_index, graph.edge_index)
+    assert view.edge_drop_probabilities(graph) == view.feature_mask_probabilities(graph) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edge_drop": 1.0}, r"edge_drop must be in \[0, 1\)"),
+        ({"threshold": 1.0}, r"threshold must be in \[0, 1\)"),
+        ({"centrality": "katz"}, "centrality must be one of"),
+    ],
+)
+def test_adaptive_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveView(**options)

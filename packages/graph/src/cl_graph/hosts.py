@@ -64,7 +64,7 @@ class NodeContrast(Method):
     Args:
         encoder: what is trained and kept.
         loss: stored as ``criterion``.
-        first_view: makes one of the views; None for ``UniformView()``.
+        first_view: makes one of the views; None for ``default_view()``.
         second_view: makes the other one.
         projector: head between encoder and loss; None for two layers with ELU between them, as wide as the embedding.
         regulariser: adds to the loss, for example ``POT(kappa=0.4)``; None for nothing.
@@ -85,8 +85,8 @@ class NodeContrast(Method):
         if regulariser is not None and not isinstance(regulariser, Regulariser):
             raise TypeError(f"regulariser must be a Regulariser or None, got {type(regulariser).__name__}.")
         self.encoder, self.criterion, self.regulariser = encoder, loss, regulariser
-        self.first_view = UniformView() if first_view is None else first_view
-        self.second_view = UniformView() if second_view is None else second_view
+        self.first_view = self.default_view() if first_view is None else first_view
+        self.second_view = self.default_view() if second_view is None else second_view
         head = projector or MLPProjector(out_dim=encoder.dim, norm="none", activation="elu")
         self.projector = built("projector", head, encoder.dim, "the encoder's dim")
 
@@ -95,6 +95,10 @@ class NodeContrast(Method):
         if self.encoder.in_dim is None:
             self.encoder.build(data.num_features)
 
+    def default_view(self) -> GraphView:
+        """What makes a view where none is given."""
+        return UniformView()
+
     def contrast(self, views: Sequence[EncodedView]) -> Tensor:
         """The host's loss of both views, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} must define contrast(views).")
@@ -102,9 +106,13 @@ class NodeContrast(Method):
     def loss(self, batch: NodeBatch | Graph) -> Tensor | dict[str, Tensor]:
         """Loss of two views of a graph over the nodes of the batch: a scalar, with a regulariser also its parts."""
         graph, nodes = unpacked(batch)
-        views = [self.encoded(view, graph, nodes) for view in (self.first_view, self.second_view)]
+        views = self.views(graph, nodes)
         value = self.contrast(views)
         return value if self.regulariser is None else self.regulariser(value, self.encoder, graph, views)
+
+    def views(self, graph: Graph, nodes: Tensor | None) -> list[EncodedView]:
+        """Draw both views and embed them."""
+        return [self.encoded(view, graph, nodes) for view in (self.first_view, self.second_view)]
 
     def encoded(self, view: GraphView, graph: Graph, nodes: Tensor | None) -> EncodedView:
         """Draw a view and embed it."""

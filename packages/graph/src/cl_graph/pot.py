@@ -342,9 +342,11 @@ class _Clean:
                     adjacency.within(within),
                     torch.searchsorted(within, nodes),
                 )
+        # A random slope is at its mean here as it is in the bounds, in training too.
+        act = nn.LeakyReLU(slope) if isinstance(encoder.act, nn.RReLU) else encoder.act
         inputs: list[Tensor] = []
         for layer in layers:
-            states = encoder.act(adjacency.gather(inputs[-1]) + layers[len(inputs) - 1].bias) if inputs else x
+            states = act(adjacency.gather(inputs[-1]) + layers[len(inputs) - 1].bias) if inputs else x
             inputs.append(linear(states, layer.weight))
         if nodes is not None and neighbors == "induced":
             inputs, within = [values[nodes] for values in inputs], nodes

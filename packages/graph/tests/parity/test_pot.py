@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cl_core.losses import NTXentLoss
+from cl_core.losses import InfoNCELoss, NTXentLoss
 from cl_core.projectors import MLPProjector
 from cl_core.testing import parity
 from cl_graph.adjacency import Adjacency
+from cl_graph.centrality import drop_weights, edge_drop_probabilities, pagerank_centrality
 from cl_graph.encoders import GCN
+from cl_graph.mixture import BetaMixture, fit_beta_mixture, mixture_nce_loss
 from cl_graph.pot import (
     EdgeDropBounds,
     _Bound,
@@ -127,7 +129,75 @@ def run_pot(arrays):
     arrays.waive("z1", "edge_index_2", reason="the score of view 1 does not read them")
 
 
-RUNS = {"grace_loss": run_grace_loss, "linear_bounds": run_linear_bounds, "pot": run_pot}
+def run_gca_drop_prob(arrays):
+    edges, rate, threshold = (
+        arrays.tensor("edge_index"),
+        arrays.parameter("rate"),
+        arrays.parameter("threshold"),
+    )
+    n = int(edges.max()) + 1
+    degrees = torch.bincount(edges[1], minlength=n).double()
+    ranks = pagerank_centrality(edges, n, steps=200)
+    stored_in_single = parity.Tolerance(relative=1e-5)
+    for short, name, central in (("degree", "degree", degrees), ("pr", "pagerank", ranks)):
+        weights = drop_weights(central[edges[1]].log())
+        arrays.compare(f"{short}_weight", weights, tolerance=stored_in_single)
+        made = edge_drop_probabilities(edges, n, rate, centrality=name, threshold=threshold)
+        arrays.compare(f"{short}_prob", made, tolerance=SINGLE)
+
+
+def run_progcl_bmm(arrays):
+    mixture = fit_beta_mixture(
+        arrays.tensor("x"), false_share=arrays.parameter("weight_init"), steps=arrays.parameter("iters")
+    )
+    tolerance = parity.Tolerance(relative=1e-6 if arrays.dtype == torch.float64 else 1e-5)
+    for name, value in mixture._asdict().items():
+        arrays.compare(name, value, tolerance=tolerance)
+    posterior = torch.sigmoid(-mixture.log_odds()(arrays.tensor("query")))
+    arrays.compare("posterior0", posterior, tolerance=tolerance)
+
+
+def run_progcl_losses(arrays):
+    mixture = BetaMixture(*(arrays.tensor(name) for name in BetaMixture._fields))
+    z1, z2 = arrays.leaves("z1", "z2")
+    n = len(z1)
+    cosines = functional.normalize(z1.detach()) @ functional.normalize(z2.detach()).T
+    others = ~torch.eye(n, dtype=torch.bool)
+    arrays.compare("B", (mixture.log_odds().log_weights(cosines).exp() / 2)[others].view(n, n - 1))
+    options = {"temperature": arrays.parameter("tau"), "mixed": arrays.parameter("sel_num")}
+    order = arrays.tensor("mix_perm")
+    for mode in ("weight", "mix"):
+        semi = mixture_nce_loss(
+            z1, z2, (mixture, mixture), mode=mode, permutation=order, reduction="none", **options
+        )[:n]
+        arrays.compare(f"semi_{mode}", semi)
+        arrays.compare_gradients(semi.mean(), **{f"grad_z1_{mode}_mean": z1, f"grad_z2_{mode}_mean": z2})
+
+
+def run_costa_loss(arrays):
+    projector, (z1, z2) = projector_of(arrays), arrays.leaves("z1", "z2")
+    projection = arrays.tensor("sketch")
+    h1, h2 = (projector(projection @ z) for z in (z1, z2))
+    arrays.compare("h1", h1)
+    arrays.compare("h2", h2)
+    criterion = InfoNCELoss(arrays.parameter("tau"), symmetric=True, reduction="none")
+    for name, part in zip(("loss_12", "loss_21"), criterion(h1, h2).chunk(2), strict=True):
+        arrays.compare(name, part.mean())
+    criterion.reduction = "mean"
+    loss = criterion(h1, h2)
+    arrays.compare("loss", loss)
+    arrays.compare_gradients(loss, grad_z1=z1, grad_z2=z2)
+
+
+RUNS = {
+    "costa_loss": run_costa_loss,
+    "gca_drop_prob": run_gca_drop_prob,
+    "grace_loss": run_grace_loss,
+    "linear_bounds": run_linear_bounds,
+    "pot": run_pot,
+    "progcl_bmm": run_progcl_bmm,
+    "progcl_losses": run_progcl_losses,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -6,10 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cl_graph.methods.costa import COSTA
+    from cl_graph.methods.gca import GCA
     from cl_graph.methods.grace import GRACE
+    from cl_graph.methods.progcl import ProGCL
 
-_HOME = {"GRACE": "grace"}
-__all__ = ["GRACE"]
+_HOME = {"COSTA": "costa", "GCA": "gca", "GRACE": "grace", "ProGCL": "progcl"}
+__all__ = ["COSTA", "GCA", "GRACE", "ProGCL"]
 
 
 def __getattr__(name: str) -> Any:
