@@ -18,7 +18,10 @@ SHARED = (
 # gone round once and stands inside, SwAV's holds 32 of 40 rows and acts from the step after the next on.
 HOSTS = {
     "moco/digits": (MoCo, "--model.queue_size 40"),
-    "swav/digits": (SwAV, "--model.num_prototypes 20 --model.queue_size 40 --model.queue_from_epoch 1 --model.freeze_epochs 1.6"),
+    "swav/digits": (
+        SwAV,
+        "--model.num_prototypes 20 --model.queue_size 40 --model.queue_from_epoch 1 --model.freeze_epochs 1.6",
+    ),
     "amcl/digits": (SimCLR, ""),
     "amcl/moco-digits": (MoCo, "--model.queue_size 40"),
 }
