@@ -276,8 +276,8 @@ def npc_factor(
     Args:
         z1: embeddings of view 1, shape (N, D).
         z2: embeddings of view 2, shape (N, D).
-        negatives: what U_i sums over, as in :func:`cl_core.functional.dcl_loss`: "both" views of all other samples, which
-            is also what None means, "cross", "keys" or a queue of shape (K, D).
+        negatives: what U_i sums over, as in :func:`cl_core.functional.dcl_loss`: "both" views of all other samples (so
+            does None), "cross", "keys" or a queue of shape (K, D).
         temperature: T > 0.
         reduction: "mean" over the 2N anchors (with "keys" or a queue N), or "none" for one value an anchor, view 1
             first.

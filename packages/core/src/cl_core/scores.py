@@ -308,7 +308,7 @@ class ScoreRecorder:
         negatives: Sequence[tuple[Tensor, ...]],
         temperature: float | Tensor | None,
     ) -> None:
-        """Write down a step: scores of positives save those left out, and what was found of the negatives of anchors."""
+        """Write down a step: scores of positives save those left out, and what was found of negatives."""
         means, variances, log_sums, numbers = (torch.cat(part) for part in zip(*negatives, strict=True))
         self._counts[0] += self._counted(positives, left_out)
         if left_out is None:

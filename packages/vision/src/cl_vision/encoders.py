@@ -179,8 +179,8 @@ class ResNet(Encoder):
 class TorchvisionEncoder(Encoder):
     """Any of torchvision's classifiers by name, the layer that makes scores of classes removed.
 
-    GoogLeNet and Inception have no auxiliary classifiers here, and come without pretrained weights, which are for inputs
-    of another scale than all others.
+    GoogLeNet and Inception have no auxiliary classifiers here, and come without pretrained weights, which are for
+    inputs of another scale than all others.
 
     Args:
         name: a name of ``torchvision.models.list_models``, for example ``"convnext_tiny"``.

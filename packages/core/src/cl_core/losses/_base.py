@@ -57,16 +57,15 @@ class ContrastiveLoss(nn.Module):
         """
         return {}
 
-    def scored(self, *inputs: Any, rows: int | None = None, **options: Any) -> Scored | None:
-        """Scores of anchors with positives and negatives, for a record of them; None if it has none, or not as a matrix.
+    def scored(self, *inputs: Any, **options: Any) -> Scored | None:
+        """Scores of anchors with positives and negatives, for a record of them; None if it has no matrix of them.
 
         A loss that compares pairs of rows needs none: whoever records takes the products of its rows. Others give those
         of this process's rows.
 
         Args:
             inputs: as :meth:`forward` takes them.
-            rows: at most so many anchors, evenly spaced; None for all.
-            options: as :meth:`forward` takes them.
+            options: as :meth:`forward` takes them, and ``rows``: at most so many anchors, evenly spaced; None for all.
         """
         return None
 

@@ -509,12 +509,12 @@ class PrototypeNCELoss(PrototypeLoss):
         A row without one has neither positive nor negatives.
         """
         centres, index, phi = _as_clusterings(prototypes, assignments, concentration)[0]
+        options = self.hyperparameters()
+        unit = options["normalize"]
         with _rows.measuring(z.device):
             chosen = evenly(len(z), rows, z.device)
-            products = [
-                similarity.scaled_rows(part, normalize=self.normalize) for part in (z[chosen], centres)
-            ]
+            products = [similarity.scaled_rows(part, normalize=unit) for part in (z[chosen], centres)]
             own = index[chosen, None]
             positive = own == torch.arange(len(centres), device=z.device)
-            temperature = self.temperature if phi is None else None
+            temperature = None if phi is not None else options["temperature"]
             return Scored(products[0] @ products[1].T, positive, ~positive & (own >= 0), temperature)

@@ -358,7 +358,8 @@ def negatives_within(loss: Any) -> Within:
         return negatives_within(loss.loss)
     if isinstance(loss, InfoNCELoss):
         return "cross" if loss.symmetric else "keys"
-    return loss.negatives if isinstance(loss, DCLLoss | DCLWLoss) else "both"
+    within: Within = getattr(loss, "negatives", "both") if isinstance(loss, DCLLoss | DCLWLoss) else "both"
+    return within
 
 
 def _reduced(loss: Any, terms: PairTerms) -> Tensor:
