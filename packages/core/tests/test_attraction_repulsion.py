@@ -1,6 +1,8 @@
 """CACR against its definition, and what must hold of it for any data."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -290,6 +292,32 @@ def test_refused_in_one_sentence(call, words):
     with pytest.raises((ValueError, TypeError), match=words) as error:
         call()
     assert str(error.value).endswith(".")
+
+
+MEMORY = """
+from pathlib import Path
+import torch
+from cl_core.functional import cacr_loss
+torch.set_num_threads(1)
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+for rows in (64, 2048):
+    views = [torch.randn(rows, 64, requires_grad=True) for _ in range(5)]
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    cacr_loss(views, t_neg=2.0).backward()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory():
+    """Five views of 2048 rows have ten blocks of distances, of 16 MB each; rows and gradients are 5 MB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100
 
 
 def test_modules_pass_everything_on():

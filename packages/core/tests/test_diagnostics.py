@@ -222,6 +222,16 @@ def test_refusals(call, message):
         call(torch.ones(4, 3))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_npc_factor_over_keys_is_that_of_infonce(symmetric):
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
+    options = {"temperature": 0.3, "reduction": "none"}
+    each = info_nce_loss(query, key, symmetric=symmetric, **options)
+    factors = npc_factor(query, key, negatives="cross" if symmetric else "keys", **options)
+    torch.testing.assert_close(factors, -torch.expm1(-each))
+
+
 @pytest.mark.parametrize("rows", [1, 6])
 def test_npc_factor_over_a_queue_is_that_of_infonce(rows):
     generator = torch.Generator().manual_seed(0)

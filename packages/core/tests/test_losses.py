@@ -108,8 +108,10 @@ def memory():
         ("SupConLoss", 2, {"form": "in"}),
         ("SupConLoss", 2, {"form": "pair"}),
         ("DCLLoss", 0, {"negatives": "cross"}),
+        ("DCLLoss", 0, {"negatives": "keys"}),
         ("DCLLoss", 1, {}),
         ("DCLWLoss", 0, {"negatives": "cross"}),
+        ("DCLWLoss", 0, {"negatives": "keys"}),
         ("DCLWLoss", 0, {"detach_weight": False}),
         ("DCLWLoss", 1, {}),
         ("CACRLoss", 0, {"cost": "rbf"}),
@@ -134,6 +136,20 @@ def memory():
 )
 def test_group_contract_of_other_forms(name, given, options, world_size, ranks):
     check_group(LOSSES[name], ranks, world_size, memory=memory()[:given], **options)
+
+
+@pytest.mark.parametrize("impl", ["dense", "tiled"])
+def test_decoupled_over_keys_is_info_nce_without_its_positive(impl):
+    """Seen from the queries alone, as NNCLR and MoCo v3 see a batch; the weights of DCLW have mean 1."""
+    z1, z2 = inputs(LOSSES["DCLLoss"])
+    given = {"temperature": 0.3, "impl": impl, "reduction": "none"}
+    each = functional.dcl_loss(z1, z2, negatives="keys", **given)
+    assert each.shape == (len(z1),)
+    coupled = functional.info_nce_loss(z1, z2, **given)
+    torch.testing.assert_close(torch.nn.functional.softplus(each), coupled)
+    torch.testing.assert_close(each, functional.dcl_loss(z1, z2, negatives="cross", **given)[: len(z1)])
+    flat = functional.dclw_loss(z1, z2, negatives="keys", sigma=1e6, **given)
+    torch.testing.assert_close(flat, each, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("impl", ["dense", "tiled"])

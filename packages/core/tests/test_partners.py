@@ -94,6 +94,12 @@ def test_weighted_partners_come_as_often_as_said(exponent, max_level):
     assert (shares[wanted == 0] == 0).all()
 
 
+def test_distances_may_be_rows_of_numbers():
+    draw = WeightedPartners(DISTANCES.tolist(), 1.0, max_level=3)
+    assert torch.equal(draw.probabilities, KINDS[3].probabilities)
+    assert draw.distances == KINDS[3].distances == DISTANCES.tolist()
+
+
 def test_half_precision_leaves_no_class_out():
     """A method may be turned to half precision as a whole, in which many cumulated weights are one number."""
     draw = nn.Sequential(WeightedPartners(torch.ones(600, 600), 0.0)).bfloat16()[0]
@@ -123,7 +129,9 @@ def test_the_first_level_alone_gives_identical_pairs():
         ),
         (lambda: DistinctPartners(3)(torch.tensor([0, 3])), r"labels must lie in \[0, 3\)"),
         (lambda: WeightedPartners(DISTANCES, 1.0)(torch.tensor([-1])), r"labels must lie in \[0, 7\)"),
-        (lambda: WeightedPartners(DISTANCES[:3], 1.0), r"distances must be a tensor of shape \(C, C\)"),
+        (lambda: WeightedPartners(DISTANCES[:3], 1.0), r"distances must be of shape \(C, C\), got \(3, 7\)"),
+        (lambda: WeightedPartners([[0, 1], [1]], 1.0), r"distances must be of shape \(C, C\), .* got list"),
+        (lambda: WeightedPartners([0.0, 1.0], 1.0), r"distances must be of shape \(C, C\), got \(2,\)"),
         (lambda: WeightedPartners(-DISTANCES, 1.0), "distances must be finite and >= 0"),
         (lambda: WeightedPartners(DISTANCES, -1.0), "exponent must be at least 0"),
         (lambda: WeightedPartners(DISTANCES + 5, 1.0, max_level=5), "one below max_level 5 for every class"),

@@ -116,6 +116,37 @@ def test_both_ways_to_count_agree(masked):
     assert torch.equal(counted, torch.histc(kept.clamp(-0.5, 1.0), 10, -0.5, 1.0).long())
 
 
+@pytest.mark.parametrize("temperature", [None, 0.1])
+def test_given_scores_are_those_of_their_kinds(temperature):
+    """Of anchors with several positives, with none, and with no negative; what is neither does not count."""
+    recorder = ScoreRecorder(bins=10)
+    given, kind = 0.3 * rows(9, 12), torch.randint(0, 3, (9, 12), generator=torch.Generator().manual_seed(3))
+    kind[2] = 2
+    kind[4] = 1
+    before = given.clone()
+    recorder.update_scores(given, kind == 0, kind == 1, temperature=temperature)
+    found = recorder.flush()
+    positive, negative = given[kind == 0], [row[of == 1] for row, of in zip(given, kind, strict=True)]
+    wanted = {
+        "positive_mean": positive.mean(),
+        "positive_variance": positive.var(correction=0),
+        "negative_mean": torch.stack([some.mean() for some in negative if len(some)]).mean(),
+        "negative_variance": torch.stack([some.var() for some in negative if len(some)]).mean(),
+    }
+    if temperature is not None:
+        for name, some in (("positive", positive), ("negative", given[kind == 1])):
+            wanted[f"{name}_log_mean_exp"] = (some / temperature).exp().mean().log()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name][0], value)
+    assert torch.equal(given, before)
+    for name, of in (("positive_histogram", 0), ("negative_histogram", 1)):
+        assert torch.equal(found[name][0], torch.histc(given[kind == of], 10, -1, 1).long())
+    recorder.update_scores(given, kind == 4, kind == 4, temperature=temperature)
+    none = recorder.flush()
+    assert all(none[name].isnan().all() for name in list(wanted)[:4])
+    assert none["positive_histogram"].sum() == none["negative_histogram"].sum() == 0
+
+
 def test_rows_as_they_are():
     query, key, negatives = 2 * rows(4), rows(4, seed=1), rows(9, seed=2)
     recorder = ScoreRecorder()
@@ -235,6 +266,15 @@ def test_neither_gradient_nor_autocast():
         (lambda r, z: r.update(z, z, temperature=0.0), "temperature must be finite and > 0"),
         (lambda r, z: r.update(z * torch.nan, z), "query must be finite"),
         (lambda r, z: r.update(z, z, normalize=1), "normalize must be True or False"),
+        (
+            lambda r, z: r.update_scores(z, z > 0, z[:2] > 0),
+            r"negative must hold truth values of shape \(4, 3\)",
+        ),
+        (lambda r, z: r.update_scores(z, z, z > 0), "positive must hold truth values"),
+        (
+            lambda r, z: r.update_scores(z, z > 0, z > 0, temperature=0.0),
+            "temperature must be finite and > 0",
+        ),
         (lambda r, z: r.load_state_dict({}), "got one without steps, limits"),
         (lambda r, z: r.load_state_dict(ScoreRecorder(bins=9).state_dict()), "64 bins"),
         (lambda r, z: r.load_state_dict(r.state_dict() | {"step": torch.zeros(2)}), r"step of shape \(0,\)"),

@@ -30,7 +30,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_core.functional import amcl_loss, cacr_loss, dcl_loss, dclw_loss, gated_pair_loss, swav_loss
+from cl_core.functional import (
+    amcl_loss,
+    cacr_loss,
+    dcl_loss,
+    dclw_loss,
+    gated_pair_loss,
+    swav_loss,
+    transformed_info_nce_loss,
+)
 from cl_core.temperatures import PairTemperature
 
 RESULTS = Path(__file__).resolve().parents[1] / "RESULTS.md"
@@ -233,6 +241,39 @@ def amcl(rows: int, width: int, heads: int = 3, *, fits: bool = True) -> Case:
     )
 
 
+def published_transform(rows: Tensor, queue: Tensor, lam: Tensor, mu: Tensor, order: Tensor) -> Tensor:
+    """Copies of the queue, one in another order, mixed entry by entry; then all logits in one matrix."""
+    query, key = rows[0], rows[1].detach()
+    memory = queue.clone().detach()
+    memory = mu * memory + (1 - mu) * queue.clone().detach()[order]
+    moved = lam * query + (1 - lam) * key
+    positive = (moved * (lam * key + (1 - lam) * query)).sum(1, keepdim=True)
+    logits = torch.cat([positive, moved @ memory.T], 1) / 0.2
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64))
+
+
+def transform(rows: int, width: int, size: int, *, entries: bool) -> Case:
+    """With weights that are drawn beforehand."""
+    generator = torch.Generator().manual_seed(1)
+    queue = F.normalize(torch.randn(size, width, generator=generator), dim=1)
+    order = torch.randperm(size, generator=generator)
+    lam = 1 + torch.rand((rows, width) if entries else (), generator=generator)
+    mu = torch.rand((size, width) if entries else (), generator=generator)
+
+    def ours(z: Tensor) -> Tensor:
+        lam_, mu_, memory = (t.to(z.dtype) for t in (lam[: z.shape[1]] if entries else lam, mu, queue))
+        options = {"positive_lam": lam_, "negative_lam": mu_, "permutation": order, "normalize": False}
+        return transformed_info_nce_loss(z[0], z[1].detach(), memory, temperature=0.2, **options)
+
+    def published(z: Tensor) -> Tensor:
+        lam_, mu_, memory = (t.to(z.dtype) for t in (lam[: z.shape[1]] if entries else lam, mu, queue))
+        return published_transform(z, memory, lam_, mu_, order)
+
+    weights = "a weight an entry" if entries else "one weight"
+    name = f"{rows} x {width}, queue of {size}, {weights}"
+    return Case("FeatureTransform", name, unit_views(2, rows, width), ours, published, tangential=False)
+
+
 CASES = [
     dcl(256, 128),
     dcl(4096, 128),
@@ -250,6 +291,8 @@ CASES = [
     amcl(64, 128),
     amcl(256, 128),
     amcl(4096, 128, fits=False),
+    transform(64, 128, 65536, entries=False),
+    transform(64, 128, 65536, entries=True),
 ]
 
 

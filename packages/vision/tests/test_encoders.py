@@ -94,13 +94,37 @@ def test_the_stl_stem_is_a_small_convolution_and_a_pooling():
         ("shufflenet_v2_x0_5", 1024, 64),
         ("resnet18", 512, 64),
         ("vit_b_32", 768, 224),
+        ("squeezenet1_1", 512, 64),
+        ("googlenet", 1024, 64),
     ],
 )
-def test_torchvision_models_lose_their_classifier(name, dim, side):
-    encoder = TorchvisionEncoder(name).eval()
+@pytest.mark.parametrize("training", [False, True])
+def test_torchvision_models_lose_their_classifier(name, dim, side, training):
+    encoder = TorchvisionEncoder(name).train(training)
     assert encoder.dim == dim
     with torch.no_grad():
-        assert encoder(torch.randn(1, 3, side, side)).shape == (1, dim)
+        assert encoder(torch.randn(2, 3, side, side)).shape == (2, dim)
+
+
+@pytest.mark.slow
+def test_every_torchvision_classifier_ends_in_scores_of_its_classes():
+    import torchvision
+
+    build = torchvision.models.get_model
+    for name in torchvision.models.list_models(module=torchvision.models):
+        if name.startswith("regnet"):  # their constructors look at numbers
+            continue
+        with torch.device("meta"):
+            whole = build(
+                name,
+                weights=None,
+                **({"init_weights": False} if name in ("googlenet", "inception_v3") else {}),
+            )
+            encoder = TorchvisionEncoder(name)
+        last = [
+            m for m in whole.modules() if getattr(m, "out_features", getattr(m, "out_channels", 0)) == 1000
+        ]
+        assert encoder.dim == getattr(last[-1], "in_features", getattr(last[-1], "in_channels", 0)), name
 
 
 def test_torchvision_weights_are_loaded_without_code(monkeypatch):
@@ -162,8 +186,7 @@ def test_an_export_fetches_no_pretrained_weights(monkeypatch, tmp_path):
             r"no torchvision classifier 'resnet81'; did you mean .*'resnet18'",
         ),
         (lambda: TorchvisionEncoder("shufflenet_v2_x0_5", weights="DEFALT"), "did you mean 'DEFAULT'"),
-        (lambda: TorchvisionEncoder("squeezenet1_1"), "does not end in one linear layer"),
-        (lambda: TorchvisionEncoder("googlenet"), "auxiliary classifiers"),
+        (lambda: TorchvisionEncoder("googlenet", weights="DEFAULT"), "weights must be None for googlenet"),
         (lambda: ResNet(19), "depth must be one of 18, 34, 50, got 19"),
         (lambda: ResNet(18, stem="small"), "stem must be one of 'cifar', 'stl', 'imagenet', got 'small'"),
         (lambda: SmallConvNet(0), "width must be an integer >= 1, got 0"),

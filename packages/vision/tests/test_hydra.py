@@ -8,7 +8,8 @@ from cl_core.functional import gated_pair_loss, info_nce_loss
 from cl_core.gates import OpenGate, PairGate, gate_entropy
 from cl_core.losses import DCLLoss, GatedPairLoss, InfoNCELoss
 from cl_core.projectors import MLPProjector
-from cl_core.samplers import DistinctPartners, IdenticalPartners
+from cl_core.samplers import DistinctPartners, IdenticalPartners, WeightedPartners
+from cl_core.training import load_export
 from cl_vision.cli import main
 from cl_vision.data import Views
 from cl_vision.encoders import SmallConvNet
@@ -142,6 +143,24 @@ def test_default_heads_end_in_layer_normalisation():
         ):
             assert isinstance(method.projector.network[-1], nn.LayerNorm)
             assert method.gate.dim == 256
+
+
+def test_weighted_partners_are_given_by_the_command_and_written_down(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [[abs(a - b) for b in range(10)] for a in range(10)]
+    options = ["--trainer.max_steps=2", "--trainer.progress_bar=false", "--trainer.accelerator=cpu"]
+    options += [
+        "--data.image_size=8",
+        "--model.encoder.width=4",
+        "--run_dir=run",
+        "--evaluation.baselines=false",
+    ]
+    options += ["--model.partners=WeightedPartners", f"--model.partners.distances={rows}"]
+    options += ["--model.partners.exponent=2", "--model.partners.max_level=4"]
+    assert main(["fit", "--config", "hydra/digits", *options]) == 0, capsys.readouterr().err
+    loaded = load_export(tmp_path / "run/export").partners
+    wanted = WeightedPartners(torch.tensor(rows), 2.0, max_level=4)
+    assert torch.equal(loaded.probabilities, wanted.probabilities)
 
 
 def test_a_run_shows_which_classes_share_dimensions(tmp_path, monkeypatch, capsys):

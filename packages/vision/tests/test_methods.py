@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from cl_core import plugins
+from cl_core.functional import sinkhorn
 from cl_core.gates import PairGate
 from cl_core.losses import (
     BarlowTwinsLoss,
@@ -239,14 +240,86 @@ def scores_of(query, key, negatives=None):
     return [positive.mean(), positive.var(correction=0), negative.mean(), negative.var(1).mean()]
 
 
+def scores_of_labels(z, labels):
+    z = functional.normalize(z, dim=1)
+    same = labels[:, None] == labels
+    return z @ z.T, same & ~torch.eye(len(z), dtype=torch.bool), ~same
+
+
+def scores_of_class_pairs(query, key, labels, partners, gates):
+    gated = functional.cosine_similarity((gates * query)[:, None], gates[:, None] * key, dim=2)
+    of_partner, own = partners[:, None] == labels, labels[:, None] == labels
+    return gated, of_partner, ~of_partner & ~own
+
+
+def scores_of_codes(first, second, queue=None):
+    """The second crop predicts the code of the first, balanced together with the queue."""
+    balanced = sinkhorn(first if queue is None else torch.cat([first, queue[0]]))[: len(first)]
+    positive = functional.one_hot(balanced.argmax(1), first.shape[1]).bool()
+    return second, positive, ~positive
+
+
+def scores_of_clusters(z, prototypes, assignments):
+    positive = functional.one_hot(assignments[0], len(prototypes[0])).bool()
+    return z @ prototypes[0].T, positive, ~positive
+
+
+OTHER_SCORES = {
+    "DeepClusterV2": scores_of_clusters,
+    "Hydra": scores_of_class_pairs,
+    "SimLAP": scores_of_class_pairs,
+    "SupCon": scores_of_labels,
+    "SwAV": scores_of_codes,
+}
+
+
+def compare_other_scores(name, monitor):
+    factory, steps = TINY[name][0], []
+    criterion = factory().criterion
+
+    def see(_, given, options):
+        found = OTHER_SCORES[name](
+            *detached(given), **{key: detached(value) for key, value in options.items()}
+        )
+        steps.append(found)
+
+    criterion.register_forward_pre_hook(see, with_kwargs=True)
+    under_lightning(factory, monitor, criterion=criterion)
+    found = read_scores(monitor.path)
+    steps = steps[:: len(steps) // 2]  # of the calls of each step
+    for place, (scores, positive, negative) in enumerate(steps):
+        means = [row[of].mean() for row, of in zip(scores, negative, strict=True) if of.any()]
+        wanted = {
+            "positive_mean": scores[positive].mean(),
+            "positive_variance": scores[positive].var(correction=0),
+            "negative_mean": torch.stack(means).mean(),
+        }
+        for curve, value in wanted.items():
+            torch.testing.assert_close(found[curve][place], value.double(), rtol=1e-4, atol=1e-6)
+    for kind, of in (("positive", 1), ("negative", 2)):
+        assert found[f"{kind}_histogram"].sum() == sum(step[of].sum() for step in steps) > 0
+    assert not found["positive_log_mean_exp"].isnan().any()
+
+
+def detached(given):
+    if isinstance(given, torch.Tensor):
+        return given.detach().clone()
+    return given and [detached(each) for each in given]
+
+
 @pytest.mark.parametrize("name", TINY)
-def test_scores_are_recorded_in_every_host_that_compares_pairs(name, tmp_path):
+def test_scores_are_recorded_in_every_host_that_compares(name, tmp_path):
     factory, calls = TINY[name][0], []
     criterion = factory().criterion
     monitor = ScoreMonitor(tmp_path, rows=None)
-    if name in ("Classifier", "DeepClusterV2", "Hydra", "SimLAP", "SupCon", "SwAV"):
-        with pytest.raises(ValueError, match=rf"compares views.* got {type(criterion).__name__} in {name}\."):
+    if name == "Classifier":
+        with pytest.raises(
+            ValueError, match=r"compares something with positives.* got CrossEntropyLoss in Cla"
+        ):
             under_lightning(factory, monitor)
+        return
+    if name in OTHER_SCORES:
+        compare_other_scores(name, monitor)
         return
     criterion.register_forward_pre_hook(lambda _, given: calls.append([z.detach().clone() for z in given]))
     under_lightning(factory, monitor, criterion=criterion)

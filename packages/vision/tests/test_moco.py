@@ -227,17 +227,30 @@ def test_momentum_of_moco_v3_rises_to_one(schedule, moves):
     assert moves != all(map(torch.equal, before, method.key_network.parameters()))
 
 
-def test_nnclr_contrasts_the_nearest_of_the_support_set():
+def decoupled(neighbours, predictions):
+    """The published form at temperature 0.2: the other predictions of the batch in the denominator."""
+    scores = nn.functional.normalize(neighbours, dim=1) @ nn.functional.normalize(predictions, dim=1).T / 0.2
+    others = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool), -torch.inf)
+    return (others.logsumexp(1) - scores.diagonal()).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "function"),
+    [
+        (InfoNCELoss(0.2), lambda n, p: info_nce_loss(n, p, temperature=0.2)),
+        (DCLLoss(0.2, negatives="keys"), decoupled),
+    ],
+)
+def test_nnclr_contrasts_the_nearest_of_the_support_set(loss, function):
     torch.manual_seed(0)
-    method = NNCLR(SmallConvNet(4, in_channels=1, norm="group"), InfoNCELoss(0.2), *heads(), support_size=12)
+    method = NNCLR(SmallConvNet(4, in_channels=1, norm="group"), loss, *heads(), support_size=12)
     support = method.support.embeddings.clone()
     first, second = views(1).views
     z1, z2 = method.project(first), method.project(second)
     nearest = [
         support[nn.functional.cosine_similarity(z[:, None], support[None], dim=2).argmax(1)] for z in (z1, z2)
     ]
-    expected = info_nce_loss(nearest[0], method.predictor(z2), temperature=0.2)
-    expected = (expected + info_nce_loss(nearest[1], method.predictor(z1), temperature=0.2)) / 2
+    expected = (function(nearest[0], method.predictor(z2)) + function(nearest[1], method.predictor(z1))) / 2
     torch.testing.assert_close(method(views(1)), expected)
     torch.testing.assert_close(method.support.embeddings[:8], nn.functional.normalize(z1, dim=1).detach())
     assert torch.equal(method.support.embeddings[8:], support[8:])

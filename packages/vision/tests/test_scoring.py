@@ -335,7 +335,7 @@ def test_a_run_of_the_command_is_drawn(tmp_path, monkeypatch):
     options += ["--evaluation.neighbours=[1]", "--evaluation.regularizations=[0.01]"]
     options += ["--monitor.scores=true", "--monitor.scores_every=2"]
     assert main(["fit", "--config", "moco/digits", *options, "--run_dir=run"]) == 0
-    assert main(["fit", "--config", "supcon/digits", *options, "--run_dir=other"]) == 2
+    assert main(["fit", "--config", "finetune/digits", *options, "--run_dir=other"]) == 2
     assert not Path("other").exists()
     assert main(["scores", "run"]) == 0
     page = Page(Path("scores/scores.html"))

@@ -19,6 +19,12 @@ from cl_vision.methods import SwAV
 from cl_vision.methods._parts import project_crops
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as pool:
+        yield pool
+
+
 def crops(seed=0, rows=8, sizes=(16, 16, 8, 8)):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(rows, 1, 2, 2, generator=generator)
@@ -154,6 +160,23 @@ def test_more_prototypes_than_rows_are_warned_of_once():
         swav(num_prototypes=24, queue_size=16)(crops())
 
 
+def warned_on_a_rank(group, prototypes):
+    method, batch = swav(SwAVLoss(group=group), num_prototypes=prototypes, queue_size=16), crops()
+    own = slice(0, 5) if torch.distributed.get_rank(group) == 0 else slice(5, 8)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        method(Views(tuple(view[own] for view in batch.views), batch.labels[own], batch.index[own]))
+    return [str(warning.message) for warning in said if "prototypes" in str(warning.message)]
+
+
+def test_the_rows_of_all_processes_count_for_the_prototypes(ranks):
+    """And the first of them alone says so."""
+    assert ranks.run(warned_on_a_rank, 24, world_size=2) == [[], []]
+    first, second = ranks.run(warned_on_a_rank, 25, world_size=2)
+    assert ["a batch of 8 images and a queue of 16 rows" in message for message in first] == [True]
+    assert second == []
+
+
 def test_bad_parts_get_one_sentence():
     from cl_core.losses import DCLLoss
 
@@ -236,12 +259,11 @@ def on_a_rank(group, batches):
     return losses, [p.detach().clone() for p in method.parameters()]
 
 
-def test_two_processes_train_as_one():
+def test_two_processes_train_as_one(ranks):
     """Codes are balanced over the rows of both, and the queue holds the rows of both."""
     batches = [crops(seed) for seed in range(4)]
     losses, parameters = on_a_rank(None, batches)
-    with Ranks(2) as ranks:
-        for their_losses, their_parameters in ranks.run(on_a_rank, batches, world_size=2):
-            assert their_losses == pytest.approx(losses, rel=1e-9)
-            for ours, theirs in zip(parameters, their_parameters, strict=True):
-                torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-9)
+    for their_losses, their_parameters in ranks.run(on_a_rank, batches, world_size=2):
+        assert their_losses == pytest.approx(losses, rel=1e-9)
+        for ours, theirs in zip(parameters, their_parameters, strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-9)

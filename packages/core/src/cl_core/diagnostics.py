@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cl_core import _checks, _rows, similarity
-from cl_core.losses._common import compared_views, queue_terms
+from cl_core.losses.decoupled import Negatives, compared
 
 _BINS = 64
 _FINE_BINS = 64 * _BINS  # quantiles are read off these: to 1/4096 of the range [-1, 1]
@@ -260,7 +260,7 @@ def npc_factor(
     z1: Tensor,
     z2: Tensor,
     *,
-    negatives: Tensor | None = None,
+    negatives: Negatives | None = None,
     temperature: float = 0.1,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
@@ -276,9 +276,11 @@ def npc_factor(
     Args:
         z1: embeddings of view 1, shape (N, D).
         z2: embeddings of view 2, shape (N, D).
-        negatives: a queue of shape (K, D): then the rows of z1 alone are anchors, and U_i sums over the queue.
+        negatives: what U_i sums over, as in :func:`cl_core.functional.dcl_loss`: "both" views of all other samples (so
+            does None), "cross", "keys" or a queue of shape (K, D).
         temperature: T > 0.
-        reduction: "mean" over the 2N anchors (with a queue N), or "none" for one value an anchor, view 1 first.
+        reduction: "mean" over the 2N anchors (with "keys" or a queue N), or "none" for one value an anchor, view 1
+            first.
 
     Returns:
         Scalar or a vector, without gradient, in [0, 1]; 0 for a batch of one without a queue.
@@ -293,12 +295,8 @@ def npc_factor(
     _checks.embeddings("z1", z1)
     with _rows.measuring(z1.device):
         options = {"temperature": temperature, "normalize": True, "group": None, "impl": "auto"}
-        if negatives is None:
-            positives, log_negatives, _ = compared_views((z1, z2), **options)  # type: ignore[arg-type]
-        else:
-            terms = queue_terms(z1, z2, negatives, names=("z1", "z2"), **options)  # type: ignore[arg-type]
-            positives, log_negatives = terms.positives[None], terms.log_negatives
-        factors = torch.sigmoid(log_negatives - positives[0]).t().flatten()
+        positives, log_negatives, _ = compared(z1, z2, "both" if negatives is None else negatives, **options)
+        factors = torch.sigmoid(log_negatives - positives).t().flatten()
         return factors.mean() if reduction == "mean" else factors
 
 

@@ -12,7 +12,7 @@ fast, a temperature or a head that does not suit, of any host and loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,19 @@ CURVES = (
 
 _TILE = (64, 4096)  # queries and negatives at a time: their scores fit the cache
 _MOST_BINS = 255  # a bin and "not counted" are numbers of 8 bits
+
+
+class Scored(NamedTuple):
+    """Scores of a batch, and of what they are."""
+
+    scores: Tensor
+    """Of anchors with all that they are compared with, shape (R, K), without gradient."""
+    positive: Tensor
+    """Which are scores of positives, truth values of shape (R, K)."""
+    negative: Tensor
+    """Which are scores of negatives, likewise; what is neither does not count."""
+    temperature: float | Tensor | None
+    """What the loss divides them by, if it is one number."""
 
 
 class _Block(NamedTuple):
@@ -128,6 +141,44 @@ class ScoreRecorder:
             if negatives is not None:
                 negatives = similarity.scaled_rows(negatives, normalize=normalize, dtype=query.dtype)
             self._record(query, key, negatives, temperature)
+
+    def update_scores(
+        self,
+        scores: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        *,
+        temperature: float | Tensor | None = None,
+    ) -> None:
+        """Take in the scores of one step, where they are not those of pairs of rows: all that are given.
+
+        Args:
+            scores: of anchors with all that they are compared with, shape (R, K).
+            positive: truth values of shape (R, K), which of them are of positives; an anchor may have several, or none.
+            negative: likewise of negatives; what is neither does not count.
+            temperature: as in :meth:`update`.
+
+        Raises:
+            ValueError: if shapes do not fit, a score is not finite, or T <= 0.
+
+        Cost: O(R K) time and memory.
+        """
+        _checks.embeddings("scores", scores)
+        for name, mask in (("positive", positive), ("negative", negative)):
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != scores.shape:
+                came = (
+                    f"{mask.dtype} of {tuple(mask.shape)}"
+                    if isinstance(mask, Tensor)
+                    else type(mask).__name__
+                )
+                raise ValueError(f"{name} must hold truth values of shape {tuple(scores.shape)}, got {came}.")
+        if temperature is not None:
+            _checks.temperature("temperature", temperature)
+        with _rows.measuring(scores.device):
+            self._move(scores.device)
+            scores = _rows.wide(scores.detach())
+            negatives = self._of_negatives(scores[:, 0], [(scores.clone(), ~negative)], temperature)
+            self._note(scores, ~positive, [negatives], temperature)
 
     def flush(self, *, keep_open: bool = False) -> dict[str, Tensor]:
         """Hand out what was recorded since the last flush, and forget it.
@@ -235,28 +286,48 @@ class ScoreRecorder:
     ) -> None:
         """Take in scores (N,) of positives, and of anchors (N, D) with columns (K, D) save where keys are equal."""
         with _rows.measuring(anchors.device):
-            if self._curves.device != anchors.device:
-                self._curves, self._counts = self._curves.to(anchors.device), self._counts.to(anchors.device)
+            self._move(anchors.device)
             if self.rows is not None and self.rows < len(anchors):
-                chosen = torch.arange(self.rows, device=anchors.device) * len(anchors) // self.rows
+                chosen = evenly(len(anchors), self.rows, anchors.device)
                 anchors, keys = anchors[chosen], keys and (keys[0][chosen], keys[1])
-            parts = [
-                self._of_negatives(anchors[tile], columns, keys and (keys[0][tile], keys[1]), temperature)
-                for tile in _rows.tiles(max(1, len(anchors)), _TILE[0])
-            ]
-            means, variances, log_sums, numbers = (torch.cat(part) for part in zip(*parts, strict=True))
-            self._counts[0] += self._counted(positives)
-            mean = positives.mean()
-            logits = positives / (math.nan if temperature is None else temperature)
-            numbers_of_step = [
-                mean,
-                (positives - mean).square().mean(),
-                means.mean(),
-                variances.mean(),
-                logits.logsumexp(0) - math.log(max(1, len(positives))),
-                log_sums.logsumexp(0) - numbers.sum().log(),
-            ]
-            self._curves[len(self._numbers)] = torch.stack(numbers_of_step)
+            parts = []
+            for tile in _rows.tiles(max(1, len(anchors)), _TILE[0]):
+                products = _products(anchors[tile], columns, keys and (keys[0][tile], keys[1]))
+                parts.append(self._of_negatives(anchors[tile].sum(1), products, temperature))
+            self._note(positives, None, parts, temperature)
+
+    def _move(self, device: torch.device) -> None:
+        """Go on where the scores are."""
+        if self._curves.device != device:
+            self._curves, self._counts = self._curves.to(device), self._counts.to(device)
+
+    def _note(
+        self,
+        positives: Tensor,
+        left_out: Tensor | None,
+        negatives: Sequence[tuple[Tensor, ...]],
+        temperature: float | Tensor | None,
+    ) -> None:
+        """Write down a step: scores of positives save those left out, and what was found of negatives."""
+        means, variances, log_sums, numbers = (torch.cat(part) for part in zip(*negatives, strict=True))
+        self._counts[0] += self._counted(positives, left_out)
+        if left_out is None:
+            number = positives.new_full((), positives.numel())
+            left_out = torch.zeros_like(positives, dtype=torch.bool)
+        else:
+            number = (~left_out).sum().to(positives.dtype)
+        mean = positives.masked_fill(left_out, 0).sum() / number
+        spread = (positives - mean).square().masked_fill_(left_out, 0).sum() / number
+        logits = positives / (math.nan if temperature is None else temperature)
+        numbers_of_step = [
+            mean,
+            spread,
+            means.nanmean(),  # anchors without a negative do not count, nor for the variance those with one
+            variances.nanmean(),
+            logits.masked_fill(left_out, -math.inf).flatten().logsumexp(0) - number.clamp_min(1).log(),
+            log_sums.logsumexp(0) - numbers.sum().log(),
+        ]
+        self._curves[len(self._numbers)] = torch.stack(numbers_of_step)
         self._numbers.append(self.steps)
         self.steps += 1
         if len(self._numbers) == self.every:
@@ -265,17 +336,20 @@ class ScoreRecorder:
 
     def _of_negatives(
         self,
-        anchors: Tensor,
-        columns: Tensor,
-        keys: tuple[Tensor, Tensor] | None,
+        like: Tensor,
+        blocks: Iterable[tuple[Tensor, Tensor | None]],
         temperature: float | Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, variance, log-sum-exp and number of the scores of some anchors, shape (N,) each; counts them, too."""
-        mean, spread, number = anchors.new_zeros(3, len(anchors)).unbind()
+        """Mean, variance, log-sum-exp and number of the scores of some anchors, shape (N,) each; counts them, too.
+
+        Args:
+            like: any vector (N,) of their type.
+            blocks: scores (N, some) of these anchors, which are written over, and which of them are left out.
+            temperature: T > 0, or None.
+        """
+        mean, spread, number = like.new_zeros(3, len(like)).unbind()
         log_sum = torch.full_like(mean, math.nan if temperature is None else -math.inf)
-        for tile in _rows.tiles(len(columns), _TILE[1]):
-            scores = anchors @ columns[tile].T
-            left_out = None if keys is None else keys[0][:, None] == keys[1][tile]
+        for scores, left_out in blocks:
             here = torch.full_like(number, scores.shape[1])
             if left_out is not None:
                 here -= left_out.sum(1)
@@ -338,6 +412,21 @@ class ScoreRecorder:
         counts = [torch.zeros(0, 2, self.bins, dtype=torch.int64), *(block.counts[None] for block in blocks)]
         lengths = torch.tensor([len(block.steps) for block in blocks], dtype=torch.int64)
         return torch.cat(steps), torch.cat(curves), torch.cat(counts), lengths
+
+
+def evenly(count: int, some: int | None, device: torch.device) -> Tensor:
+    """Numbers of at most ``some`` of so many rows, evenly spaced; of all for None."""
+    if some is None or some >= count:
+        return torch.arange(count, device=device)
+    return torch.arange(some, device=device) * count // some
+
+
+def _products(
+    anchors: Tensor, columns: Tensor, keys: tuple[Tensor, Tensor] | None
+) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """Scores of anchors (N, D) with columns (K, D), some at a time, and which have equal keys."""
+    for tile in _rows.tiles(len(columns), _TILE[1]):
+        yield anchors @ columns[tile].T, None if keys is None else keys[0][:, None] == keys[1][tile]
 
 
 def _temperature_of(loss: object) -> float | Tensor | None:

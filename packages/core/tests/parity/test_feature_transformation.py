@@ -36,7 +36,7 @@ def run_mixing(arrays):
     lam = arrays.tensor("lambda_pos") if "lambda_pos" in arrays else None
     mu = arrays.tensor("lambda_neg") if "lambda_neg" in arrays else None
     if lam is not None:
-        arrays.compare("lambda_pos_raw", lam - 1)
+        arrays.compare("lambda_pos_raw", lam - (lam >= 1).to(lam.dtype))  # 1 where extrapolated
     permutation, temperature = arrays.tensor("permutation"), arrays.parameter("temperature")
     renormalize = "postmix_norm" in arrays.case.name
 
@@ -108,8 +108,8 @@ def compare_scores(arrays, query, key, negatives, temperature):
 KINDS = {
     "moco_baseline": run_moco_baseline,
     "positive_score_law": run_positive_score_law,
-    "neg_only": run_mixing,
-    "pos_only": run_mixing,
+    "neg": run_mixing,
+    "pos": run_mixing,
     "posneg": run_mixing,
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl_core.losses import CACRLoss, ContrastiveLoss
+from cl_core.losses import CACRLoss, ContrastiveLoss, DCLLoss, DCLWLoss, FeatureTransform, InfoNCELoss
 from cl_core.training import artifacts, fitting
 from cl_core.training.checkpoints import Checkpointing
 from cl_core.training.evaluating import Evaluation, evaluate
@@ -23,6 +23,7 @@ from cl_core.training.fitting import fit, weights_of
 from cl_core.training.optimization import Optimization
 from cl_core.training.run import RunFolder
 from cl_core.training.settings import Monitoring, TrainerOptions
+from cl_core.transforms import PositiveExtrapolation
 
 CPU = {"accelerator": "cpu", "progress_bar": False}
 EVALUATION = Evaluation(neighbours=(5,), regularizations=(1e-2,))
@@ -103,6 +104,26 @@ def test_losses_with_a_temperature_report_their_coupling(tiny):
     assert result.table[-1]["train/npc_factor"] == pytest.approx(
         float(npc_factor(*seen[-1], temperature=0.5))
     )
+
+
+@pytest.mark.parametrize(
+    ("loss", "negatives"),
+    [
+        (InfoNCELoss(0.5), "keys"),
+        (InfoNCELoss(0.5, symmetric=True), "cross"),
+        (DCLLoss(0.5), "both"),
+        (DCLWLoss(0.5, negatives="keys"), "keys"),
+        (FeatureTransform(InfoNCELoss(0.5), positive=PositiveExtrapolation()), "keys"),
+    ],
+)
+def test_the_coupling_is_over_the_negatives_of_the_loss(tiny, loss, negatives):
+    from cl_core.diagnostics import npc_factor
+
+    seen = []
+    loss.register_forward_pre_hook(lambda _, given: seen.append([z.detach().clone() for z in given]))
+    result = run(tiny, method=tiny.TinyMethod(tiny.TinyEncoder(), loss), epochs=1)
+    wanted = float(npc_factor(*seen[-1], negatives=negatives, temperature=0.5))
+    assert result.table[-1]["train/npc_factor"] == pytest.approx(wanted)
 
 
 def known_as_tiny(monkeypatch, tiny, *kinds):

@@ -70,6 +70,7 @@ def test_optimisers_and_rates_of_groups(tiny, name, kind):
     [
         {"lr": 0.0},
         {"weight_decay": -1.0},
+        {"weight_decay": 0.0, "optimizer": "lars"},
         {"warmup_epochs": float("nan")},
         {"optimizer": "lamb"},
         {"trust_coefficient": 0.0},

@@ -20,6 +20,7 @@ from cl_core.losses import (
     QueryKeyLoss,
     ReSSLLoss,
     SupConLoss,
+    UniformityLoss,
 )
 from cl_core.scores import CURVES, ScoreRecorder
 from cl_core.training import read_scores
@@ -183,6 +184,27 @@ def test_some_queries_and_a_temperature_that_is_learnt(tiny, hosted):
     assert len(set(heats)) == 5
 
 
+def test_a_loss_that_says_itself_what_it_scores(tiny, hosted):
+    """Of some anchors the pairs of equal and of different labels, whether they are named or not."""
+    labels = torch.arange(8) % 3
+    for call in (lambda m, z: m.criterion(z[0], labels), lambda m, z: m.criterion(z=z[0], labels=labels)):
+        method, calls = hosted(SupConLoss(0.3), call)
+        found = read_scores(run(tiny, method, epochs=1, monitor={"scores_rows": 3}).run.scores)
+        some = torch.arange(3) * 8 // 3
+        same = labels[some, None] == labels
+        itself = some[:, None] == torch.arange(8)
+        for place, (inputs, options) in enumerate(calls):
+            z = F.normalize((inputs or (options["z"],))[0].detach().double(), dim=1)
+            scores = z[some] @ z.T
+            positive = scores[same & ~itself]
+            torch.testing.assert_close(found["positive_mean"][place], positive.mean(), rtol=1e-5, atol=1e-6)
+            mean = (positive / 0.3).exp().mean().log()
+            torch.testing.assert_close(found["positive_log_mean_exp"][place], mean, rtol=1e-5, atol=1e-6)
+            negative = torch.stack([row[~of].mean() for row, of in zip(scores, same, strict=True)]).mean()
+            torch.testing.assert_close(found["negative_mean"][place], negative, rtol=1e-5, atol=1e-6)
+        assert found["negative_histogram"].sum() == 5 * (~same).sum()
+
+
 def test_own_updates_and_a_gradient_cache(tiny):
     """One record a step, although the criterion is called once an optimiser, or on behalf of chunks."""
 
@@ -317,8 +339,8 @@ def test_recording_may_begin_and_end_with_a_resume(tiny):
 
 
 def test_what_compares_no_pairs_is_refused_before_there_is_a_folder(tiny):
-    method = tiny.TinyMethod(tiny.TinyEncoder(), SupConLoss())
-    with pytest.raises(ValueError, match=r"compares views.*got SupConLoss in TinyMethod.$"):
+    method = tiny.TinyMethod(tiny.TinyEncoder(), UniformityLoss())
+    with pytest.raises(ValueError, match=r"compares something with positives.*got UniformityLoss in TinyM"):
         run(tiny, method)
     method = tiny.TinyMethod(
         tiny.TinyEncoder(), FeatureTransform(InfoNCELoss(), positive=PositiveExtrapolation())

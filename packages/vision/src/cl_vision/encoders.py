@@ -15,6 +15,8 @@ from torchvision.models import resnet
 
 from cl_core import _checks, plugins
 
+_IMAGENET_CLASSES = 1000  # of all torchvision's classifiers
+
 Norm: TypeAlias = Literal["batch", "group"]
 """``"batch"`` couples the rows of a batch (running statistics at evaluation), ``"group"`` does not."""
 
@@ -175,10 +177,10 @@ class ResNet(Encoder):
 
 
 class TorchvisionEncoder(Encoder):
-    """Any of torchvision's classifiers by name, its last linear layer removed.
+    """Any of torchvision's classifiers by name, the layer that makes scores of classes removed.
 
-    Models that do not end in one linear layer (SqueezeNet) or return more than one tensor while training
-    (GoogLeNet, Inception) are refused.
+    GoogLeNet and Inception have no auxiliary classifiers here, and come without pretrained weights, which are for
+    inputs of another scale than all others.
 
     Args:
         name: a name of ``torchvision.models.list_models``, for example ``"convnext_tiny"``.
@@ -197,21 +199,17 @@ class TorchvisionEncoder(Encoder):
         if name not in known:
             raise ValueError(plugins.unknown("torchvision classifier", name, known))
         self.name, self.weights, self.pretrained = name, None, weights
-        network = torchvision.models.get_model(name, weights=None, **_quick_initialisation(name))
-        if hasattr(network, "AuxLogits") or hasattr(network, "aux1"):
-            raise ValueError(
-                f"{name} has auxiliary classifiers, so it returns no single tensor; choose another."
-            )
-        path = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1:]
-        last = network.get_submodule(path[0]) if path else None
-        if last is None or last.out_features != 1000:
-            raise ValueError(
-                f"{name} does not end in one linear layer that could be removed; choose another."
-            )
+        auxiliary = name in ("googlenet", "inception_v3")
+        if auxiliary and weights is not None:
+            raise ValueError(f"weights must be None for {name}, got {weights!r}.")
+        options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
+        network = torchvision.models.get_model(name, weights=None, **options)
+        widths = {path: _width_before_scores(module) for path, module in network.named_modules()}
+        path, width = [(path, width) for path, width in widths.items() if width][-1]
         if weights is not None:
             _load_torchvision_weights(network, name, weights)
-        self.dim = last.in_features
-        owner, _, attribute = path[0].rpartition(".")
+        self.dim = width
+        owner, _, attribute = path.rpartition(".")
         setattr(network.get_submodule(owner), attribute, nn.Identity())
         self.network = network
 
@@ -408,9 +406,13 @@ def _trained_encoder(place: str | Path) -> Encoder:
     return encoder
 
 
-def _quick_initialisation(name: str) -> dict[str, Any]:
-    # These two warn unless told how to start; they are refused right after, so it does not matter how.
-    return {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+def _width_before_scores(module: nn.Module) -> int:
+    """Columns, or channels, that a layer makes scores of ImageNet's classes of; 0 for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features if module.out_features == _IMAGENET_CLASSES else 0
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels if module.out_channels == _IMAGENET_CLASSES else 0
+    return 0
 
 
 def _load_torchvision_weights(network: nn.Module, name: str, weights: str) -> None:

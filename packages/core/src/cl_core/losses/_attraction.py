@@ -21,6 +21,9 @@ Cost: TypeAlias = Literal["euclidean", "rbf"]
 DetachedWeights: TypeAlias = bool | Literal["queue"]
 """Which weights are constants: all, none, or as in the authors' code only those of negatives from a queue."""
 
+_KEPT = (
+    4 * 2048 * 2048
+)  # distances of all blocks together that "auto" keeps for the backward: 64 MB in float32, twice
 _SHARPEST = 1e12  # far beyond what float32 tells apart; exponents a million times as large are no longer safe
 
 
@@ -136,7 +139,8 @@ def of_views(rows: list[Tensor], symmetric: bool, unit: bool, split: Shard, impl
     positives = [
         torch.stack([between[frozenset((x, y))] for y in range(count) if y != x]) for x in range(count)
     ]
-    pairs = (permutations if symmetric else combinations)(rows, 2)
+    pairs = list((permutations if symmetric else combinations)(rows, 2))
+    impl = _of_blocks(impl, len(pairs) * len(rows[0]) * split.total)
     return Compared(positives, [Negatives(x, y, None, unit, split, impl) for x, y in pairs])
 
 
@@ -155,8 +159,14 @@ def of_queue(
         torch.stack([squared(query, key) for y, key in enumerate(keys) if alone or y != x])
         for x, query in enumerate(rows)
     ]
+    impl = _of_blocks(impl, len(rows) * len(rows[0]) * (len(memory) + in_batch * split.total))
     negatives = [Negatives(query, query if in_batch else None, memory, unit, split, impl) for query in rows]
     return Compared(positives, negatives)
+
+
+def _of_blocks(impl: Impl, entries: int) -> Impl:
+    """How to compare, where each block may be small but all of them are kept at once."""
+    return "tiled" if impl == "auto" and entries > _KEPT else impl
 
 
 class Weighting:

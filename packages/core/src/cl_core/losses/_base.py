@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from cl_core import _checks
+from cl_core import _checks, _rows, similarity
+from cl_core.scores import Scored, _temperature_of, evenly
 
 _CHECKS: dict[str, Callable[[Any], None]] = {
     "temperature": lambda value: _checks.positive("temperature", value),
@@ -55,6 +57,18 @@ class ContrastiveLoss(nn.Module):
         """
         return {}
 
+    def scored(self, *inputs: Any, **options: Any) -> Scored | None:
+        """Scores of anchors with positives and negatives, for a record of them; None if it has no matrix of them.
+
+        A loss that compares pairs of rows needs none: whoever records takes the products of its rows. Others give those
+        of this process's rows.
+
+        Args:
+            inputs: as :meth:`forward` takes them.
+            options: as :meth:`forward` takes them, and ``rows``: at most so many anchors, evenly spaced; None for all.
+        """
+        return None
+
     def advice(self, measures: Mapping[str, Tensor]) -> str | None:
         """A sentence to warn with if :meth:`measures` tell of trouble, or None."""
         return None
@@ -97,6 +111,17 @@ class LabelledLoss(ContrastiveLoss):
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """Loss of embeddings (N, D) with integer labels (N,)."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(z, labels).")
+
+    def scored(
+        self, z: Tensor, labels: Tensor, *_: Any, rows: int | None = None, **options: Any
+    ) -> Scored | None:
+        """Products of the batch's rows: those of equal label are positives, those of another one negatives."""
+        with _rows.measuring(z.device):
+            unit = similarity.scaled_rows(z, normalize=bool(getattr(self, "normalize", True)))
+            chosen = evenly(len(unit), rows, unit.device)
+            same = labels[chosen, None] == labels
+            itself = chosen[:, None] == torch.arange(len(unit), device=unit.device)
+            return Scored(unit[chosen] @ unit.T, same & ~itself, ~same, _temperature_of(self))
 
 
 class ClassPairLoss(ContrastiveLoss):

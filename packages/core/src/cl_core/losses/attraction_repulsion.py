@@ -90,7 +90,7 @@ def cacr_loss(
         ValueError: if there is one row (no negatives) or one view (no positive), shapes differ, an input is not
             finite, or a number is out of range.
 
-    Cost: O(V^2 N^2 D) time, O(V N D) memory beyond a few thousand rows.
+    Cost: O(V^2 N^2 D) time, O(V N D) memory beyond 2^24 distances of all pairs of views.
     Reference: Zheng et al., "Contrastive Attraction and Contrastive Repulsion for Representation Learning", TMLR 2023,
     arXiv 2105.03746.
     """
@@ -164,7 +164,7 @@ def cacr_queue_loss(
     Raises:
         ValueError: if shapes or numbers of views differ, an input is empty or not finite, or a number is out of range.
 
-    Cost: O(V N (K + N) D) time, O((V N + K) D) memory beyond a few thousand rows.
+    Cost: O(V N (K + N) D) time, O((V N + K) D) memory beyond 2^24 distances of all views.
     Reference: Zheng et al., "Contrastive Attraction and Contrastive Repulsion for Representation Learning", TMLR 2023,
     arXiv 2105.03746. The authors' code computes the similarities with the queue for the first view and uses them for
     all; here every view has its own.

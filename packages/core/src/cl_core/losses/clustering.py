@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_core import _checks, similarity
+from cl_core import _checks, _rows, similarity
 from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 from cl_core.losses._base import PrototypeLoss, ScoresLoss
 from cl_core.losses._codes import balanced_codes, cross_entropy
 from cl_core.losses._common import check_rows, inverse, reduce
+from cl_core.scores import Scored, evenly
 
 _UNIFORM = 0.98  # of the largest entropy
 _ONE_FOR_ALL = 0.5  # of the samples
@@ -386,6 +387,29 @@ class SwAVLoss(ScoresLoss):
         return swav_loss(*scores, queue=queue, predictions=predictions, **self.hyperparameters())
 
     @torch.no_grad()
+    def scored(
+        self,
+        *scores: Tensor,
+        queue: Sequence[Tensor] | None = None,
+        predictions: Sequence[Tensor] | None = None,
+        rows: int | None = None,
+    ) -> Scored:
+        """What one crop predicts with: the score of the prototype that another crop is assigned to is the positive.
+
+        The first of the ``assignment_crops`` gives the code, of which the largest entry counts; the first of the other
+        crops predicts it, and its scores of all other prototypes are negatives.
+        """
+        options = self.hyperparameters()
+        first = options["assignment_crops"][0]
+        split, given = shard(scores[first], None), None if queue is None else queue[:1]
+        (codes,) = _codes_of_crops([scores[first]], given, options["epsilon"], options["iterations"], split)
+        predicting = (scores if predictions is None else predictions)[int(first == 0)]
+        chosen = evenly(len(codes), rows, codes.device)
+        assigned = codes[chosen].argmax(1)
+        positive = assigned[:, None] == torch.arange(codes.shape[1], device=codes.device)
+        return Scored(predicting.detach()[chosen], positive, ~positive, options["temperature"])
+
+    @torch.no_grad()
     def measures(
         self,
         *scores: Tensor,
@@ -470,3 +494,27 @@ class PrototypeNCELoss(PrototypeLoss):
         return prototype_nce_loss(
             z, prototypes, assignments, concentration=concentration, **self.hyperparameters()
         )
+
+    def scored(
+        self,
+        z: Tensor,
+        prototypes: Tensor | Sequence[Tensor],
+        assignments: Tensor | Sequence[Tensor],
+        concentration: Tensor | Sequence[Tensor] | None = None,
+        *,
+        rows: int | None = None,
+    ) -> Scored:
+        """Products of rows with the prototypes of the first clustering, of which each row's own is the positive.
+
+        A row without one has neither positive nor negatives.
+        """
+        centres, index, phi = _as_clusterings(prototypes, assignments, concentration)[0]
+        options = self.hyperparameters()
+        unit = options["normalize"]
+        with _rows.measuring(z.device):
+            chosen = evenly(len(z), rows, z.device)
+            products = [similarity.scaled_rows(part, normalize=unit) for part in (z[chosen], centres)]
+            own = index[chosen, None]
+            positive = own == torch.arange(len(centres), device=z.device)
+            temperature = None if phi is not None else options["temperature"]
+            return Scored(products[0] @ products[1].T, positive, ~positive & (own >= 0), temperature)

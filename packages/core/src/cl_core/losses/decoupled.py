@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from cl_core.losses._base import QueryKeyLoss
 from cl_core.losses._common import PairTerms, compared_views, pair_terms, queue_terms, reduce_pairs
 from cl_core.similarity import at_least_float32
 
-Negatives: TypeAlias = Tensor | Literal["both", "cross"]
-"""Which rows an anchor is compared with: a queue (K, D), both views of all others, or their other view only."""
+Within: TypeAlias = Literal["both", "cross", "keys"]
+"""Which rows of the batch an anchor is compared with: both views of the others, their other view, or, where the first
+view alone has anchors, their keys."""
+Negatives: TypeAlias = Tensor | Within
+"""Which rows an anchor is compared with: those of a queue (K, D), or of the batch."""
 
 
 def dcl_loss(
@@ -41,18 +44,19 @@ def dcl_loss(
     Args:
         z1: embeddings of view 1, shape (N, D), N >= 2 over all ranks unless there is a queue.
         z2: embeddings of view 2, shape (N, D); row i is the same sample as row i of z1.
-        negatives: "both" views of the other samples; "cross", the other view of the other samples (two towers,
-            NNCLR); or a queue of shape (K, D): then the rows of z1 alone are anchors (MoCo) and the batch holds no
-            negatives.
+        negatives: "both" views of the other samples; "cross", the other view of the other samples (two towers);
+            "keys", the rows of z2 of the other samples, where the rows of z1 alone are anchors (NNCLR, MoCo v3); or a
+            queue of shape (K, D): then, too, the rows of z1 alone are anchors (MoCo) and the batch holds no negatives.
         temperature: T > 0; a 0-d tensor receives a gradient.
         normalize: scale rows to unit length first.
-        reduction: "mean" over the 2N anchors (N with a queue), "sum", or "none" for one value an anchor, view 1 first.
+        reduction: "mean" over the 2N anchors (N with "keys" or a queue), "sum", or "none" for one value an anchor, view
+            1 first.
         group: process group whose other rows serve as negatives; None keeps the loss local.
             Mean over ranks and averaged gradient are those of one process; see :mod:`cl_core.distributed`.
         impl: "dense", "tiled" or "auto".
 
     Returns:
-        Scalar, or shape (2N,) (with a queue (N,)) for reduction="none". float32 for half inputs.
+        Scalar, or shape (2N,) (with "keys" or a queue (N,)) for reduction="none". float32 for half inputs.
 
     Raises:
         ValueError: if there are no negatives (one row and no queue), shapes differ, or T <= 0.
@@ -123,20 +127,25 @@ def dclw_loss(
 
 
 def _terms(z1: Tensor, z2: Tensor, negatives: Negatives, name: str, **options: Any) -> PairTerms:
-    if isinstance(negatives, Tensor):
-        return queue_terms(z1, z2, negatives, names=("z1", "z2"), **options)
-    _checks.choice("negatives", negatives, ("both", "cross"))
-    if negatives == "both":
-        positives, log_negatives, split = compared_views((z1, z2), **options)
-        terms = PairTerms(positives[0], log_negatives, split)
-    else:
-        terms = pair_terms(z1, z2, symmetric=True, names=("z1", "z2"), **options)
-    if terms.shard.total < 2:
+    """What both losses are made of; refuses a batch without negatives."""
+    terms = compared(z1, z2, negatives, **options)
+    if not isinstance(negatives, Tensor) and terms.shard.total < 2:
         raise ValueError(
             f"{name} needs at least 2 rows (the other rows are the negatives), got {terms.shard.total}; use "
             "nt_xent_loss, pass a group, or pass a queue as negatives."
         )
     return terms
+
+
+def compared(z1: Tensor, z2: Tensor, negatives: Negatives, **options: Any) -> PairTerms:
+    """Positives of the anchors, and the log-sum-exp of their negatives."""
+    if isinstance(negatives, Tensor):
+        return queue_terms(z1, z2, negatives, names=("z1", "z2"), **options)
+    _checks.choice("negatives", negatives, get_args(Within))
+    if negatives == "both":
+        positives, log_negatives, split = compared_views((z1, z2), **options)
+        return PairTerms(positives[0], log_negatives, split)
+    return pair_terms(z1, z2, symmetric=negatives == "cross", names=("z1", "z2"), **options)
 
 
 def hardness(
@@ -155,7 +164,7 @@ class DCLLoss(QueryKeyLoss):
 
     Args:
         temperature: T > 0.
-        negatives: "both" views of the other samples, or "cross"; a queue is passed with the views.
+        negatives: "both" views of the other samples, "cross" or "keys"; a queue is passed with the views.
         normalize: scale rows to unit length first.
         reduction: "mean", "sum" or "none".
         group: process group whose other rows serve as negatives: None, "world" or a process group.
@@ -166,13 +175,13 @@ class DCLLoss(QueryKeyLoss):
         self,
         temperature: float = 0.1,
         *,
-        negatives: Literal["both", "cross"] = "both",
+        negatives: Within = "both",
         normalize: bool = True,
         reduction: Reduction = "mean",
         group: Group = None,
         impl: Impl = "auto",
     ) -> None:
-        _checks.choice("negatives", negatives, ("both", "cross"))
+        _checks.choice("negatives", negatives, get_args(Within))
         super().__init__(
             temperature=temperature,
             negatives=negatives,
@@ -195,7 +204,7 @@ class DCLWLoss(QueryKeyLoss):
         temperature: T > 0.
         sigma: width of the weighting > 0.
         detach_weight: treat the weights as constants.
-        negatives: "both" views of the other samples, or "cross"; a queue is passed with the views.
+        negatives: "both" views of the other samples, "cross" or "keys"; a queue is passed with the views.
         normalize: scale rows to unit length first.
         reduction: "mean", "sum" or "none".
         group: process group whose other rows serve as negatives: None, "world" or a process group.
@@ -208,14 +217,14 @@ class DCLWLoss(QueryKeyLoss):
         *,
         sigma: float = 0.5,
         detach_weight: bool = True,
-        negatives: Literal["both", "cross"] = "both",
+        negatives: Within = "both",
         normalize: bool = True,
         reduction: Reduction = "mean",
         group: Group = None,
         impl: Impl = "auto",
     ) -> None:
         _checks.positive("sigma", sigma)
-        _checks.choice("negatives", negatives, ("both", "cross"))
+        _checks.choice("negatives", negatives, get_args(Within))
         super().__init__(
             temperature=temperature,
             sigma=sigma,

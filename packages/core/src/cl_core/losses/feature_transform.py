@@ -15,7 +15,7 @@ from cl_core._types import Group, Impl, Reduction
 from cl_core.distributed import Shard, shard
 from cl_core.losses._base import QueryKeyLoss, TwoViewLoss
 from cl_core.losses._common import PairTerms, check_rows, inverse, reduce_pairs
-from cl_core.losses.decoupled import DCLLoss, DCLWLoss, hardness
+from cl_core.losses.decoupled import DCLLoss, DCLWLoss, Within, hardness
 from cl_core.losses.info_nce import InfoNCELoss
 from cl_core.losses.nt_xent import NTXentLoss
 from cl_core.scores import ScoreRecorder, _temperature_of
@@ -282,7 +282,7 @@ class FeatureTransform(QueryKeyLoss):
         compared = [] if memory is None else [_Compared(anchors[0], memory)]
         if memory is None or getattr(loss, "in_batch", False):
             mixed, keys = self._mixed_batch(rows, split, generator)
-            sides = _views(loss) if memory is None else _VIEWS["keys"]
+            sides = _VIEWS["keys" if memory is not None else negatives_within(loss)]
             for anchor, views in zip(anchors, sides, strict=False):
                 columns = torch.cat([mixed[view] for view in views])
                 compared.append(_Compared(anchor, columns, keys, len(views)))
@@ -352,13 +352,14 @@ class _Compared:
         return _ring.log_sum_exp(rows, self.columns, split, each=self.views, impl=impl, **options)
 
 
-def _views(loss: Any) -> tuple[tuple[int, ...], ...]:
-    """Which views a loss of a batch compares."""
-    if isinstance(loss, NTXentLoss):
-        return _VIEWS["both"]
+def negatives_within(loss: Any) -> Within:
+    """Which rows of a batch a loss without a queue takes for negatives; "both" views of one that does not say."""
+    if isinstance(loss, FeatureTransform):
+        return negatives_within(loss.loss)
     if isinstance(loss, InfoNCELoss):
-        return _VIEWS["cross" if loss.symmetric else "keys"]
-    return _VIEWS[loss.negatives]
+        return "cross" if loss.symmetric else "keys"
+    within: Within = getattr(loss, "negatives", "both") if isinstance(loss, DCLLoss | DCLWLoss) else "both"
+    return within
 
 
 def _reduced(loss: Any, terms: PairTerms) -> Tensor:

@@ -21,6 +21,7 @@ from cl_core.distributed import shard
 from cl_core.gates import gate_entropy, open_dimensions
 from cl_core.losses._base import ClassPairLoss
 from cl_core.losses._common import check_rows, inverse, reduce
+from cl_core.scores import Scored, evenly
 from cl_core.similarity import at_least_float32, scaled_rows
 
 Similarity: TypeAlias = Literal["gated_cosine", "gated_dot"]
@@ -459,6 +460,30 @@ class GatedPairLoss(ClassPairLoss):
         if self.learnt_alpha is not None:
             options["alpha"] = self.learnt_alpha
         return options
+
+    @torch.no_grad()
+    def scored(
+        self,
+        query: Tensor,
+        key: Tensor,
+        labels: Tensor,
+        partners: Tensor,
+        gates: Tensor,
+        key_labels: Tensor | None = None,
+        *,
+        rows: int | None = None,
+    ) -> Scored:
+        """Gated similarities: keys of the partner's class are positives, those of neither class negatives."""
+        chosen = evenly(len(query), rows, query.device)
+        options = self._options()
+        temperature = options["temperature"]
+        options = {name: options[name] for name in ("similarity", "alpha")}
+        similarities = gated_similarity(query[chosen], key, gates[chosen], **options)
+        key_labels = labels if key_labels is None else key_labels
+        positive, no_negative = _kinds(labels[chosen], partners[chosen], key_labels, None)
+        if not self.self_pairs:
+            positive = positive & (chosen[:, None] != torch.arange(len(key), device=key.device))
+        return Scored(similarities, positive, ~no_negative, temperature)
 
     @torch.no_grad()
     def measures(

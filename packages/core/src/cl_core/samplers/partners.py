@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ class WeightedPartners(PartnerClasses):
     Exponent 0 makes all classes within ``max_level`` equally likely; larger ones prefer near classes.
 
     Args:
-        distances: d >= 0 of all classes, such as their distance in a hierarchy, shape (C, C).
+        distances: d >= 0 of all classes, such as their distance in a hierarchy, shape (C, C); a tensor, or numbers row
+            by row. Kept as numbers, which are what an export or a configuration can write down.
         exponent: >= 0.
         max_level: classes at this distance or farther are never drawn; None: all can be.
 
@@ -109,18 +111,25 @@ class WeightedPartners(PartnerClasses):
     Cost: O(C^2) memory, O(B C) a batch.
     """
 
-    def __init__(self, distances: Tensor, exponent: float, *, max_level: float | None = None) -> None:
-        if not isinstance(distances, Tensor) or distances.ndim != 2 or len(set(distances.shape)) != 1:
-            came = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
-            raise ValueError(f"distances must be a tensor of shape (C, C), got {came}.")
+    def __init__(
+        self,
+        distances: Sequence[Sequence[float]] | Tensor,
+        exponent: float,
+        *,
+        max_level: float | None = None,
+    ) -> None:
+        distances = _matrix(distances)
+        if distances.ndim != 2 or len(set(distances.shape)) != 1:
+            raise ValueError(f"distances must be of shape (C, C), got {tuple(distances.shape)}.")
         if not bool(((distances >= 0) & (distances < math.inf)).all()):
             raise ValueError("distances must be finite and >= 0, got other values.")
         _checks.number("exponent", exponent, at_least=0)
         if max_level is not None:
             _checks.positive("max_level", max_level)
         super().__init__()
+        self.distances: list[list[float]] = distances.tolist()
         self.num_classes, self.exponent, self.max_level = len(distances), exponent, max_level
-        weights = (1 + distances.detach().to(_rows.accumulation_dtype(distances.device))) ** -exponent
+        weights = (1 + distances.to(_rows.accumulation_dtype(distances.device))) ** -exponent
         if max_level is not None:
             weights = weights.masked_fill(distances >= max_level, 0)
         if not bool((weights.sum(1) > 0).all()):
@@ -144,6 +153,19 @@ class WeightedPartners(PartnerClasses):
         cumulative = table[labels].cumsum(1)
         # Divided by the last entry the sum is 1, so that a place below 1 is met; a class of no weight adds no room.
         return torch.searchsorted(cumulative / cumulative[:, -1:], place, right=True)[:, 0]
+
+
+def _matrix(distances: Sequence[Sequence[float]] | Tensor) -> Tensor:
+    """Numbers row by row as a tensor."""
+    if isinstance(distances, Tensor):
+        return distances.detach()
+    try:
+        return torch.tensor(distances, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):  # rows of other lengths, or no numbers
+        came = type(distances).__name__
+        raise ValueError(
+            f"distances must be of shape (C, C), a tensor or rows of numbers, got {came}."
+        ) from None
 
 
 def _source(generator: torch.Generator | None) -> torch.device:

@@ -17,6 +17,7 @@ from torch import Tensor
 from cl_core import diagnostics
 from cl_core.distributed import unbroadcast_buffers
 from cl_core.losses._base import ClassPairLoss, ContrastiveLoss, LabelledLoss, PredictionLoss, TwoViewLoss
+from cl_core.losses.feature_transform import negatives_within
 from cl_core.method import Method
 from cl_core.momentum import _follow
 from cl_core.scores import _temperature_of
@@ -161,7 +162,8 @@ class Diagnostics(pl.Callback):
         if second.is_floating_point() and temperature is not None:
             temperature = temperature.item() if isinstance(temperature, Tensor) else temperature
             queue = queue_among(inputs, options)
-            self._factor = diagnostics.npc_factor(first, second, negatives=queue, temperature=temperature)
+            negatives = negatives_within(module) if queue is None else queue
+            self._factor = diagnostics.npc_factor(first, second, negatives=negatives, temperature=temperature)
 
     def _store(self, step: int, first: Tensor, second: Tensor) -> None:
         for kind, values in sampled_similarities(first, second, self.samples).items():

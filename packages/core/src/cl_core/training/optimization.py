@@ -24,7 +24,7 @@ class Optimization:
         optimizer: "sgd", "adam", "adamw", or "lars": SGD whose rate for each matrix and filter is scaled by the ratio
             of the norms of weights and gradient (timm's, installed by ``cl-core[lars]``).
         lr: peak learning rate, for the batch size used; no scaling happens behind the scenes.
-        weight_decay: on matrices and filters; ``Method.parameter_groups`` exempts biases and norms.
+        weight_decay: on matrices and filters; ``Method.parameter_groups`` exempts biases and norms. "lars" needs some.
         momentum: of "sgd" and "lars".
         betas: of "adam" and "adamw".
         schedule: "cosine" falls towards ``final_lr``, which the step after the last would use; "step" is multiplied by
@@ -67,6 +67,11 @@ class Optimization:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and >= 0, got {value}.")
+        if self.optimizer == "lars" and not self.weight_decay:
+            raise ValueError(
+                "weight_decay must be > 0 for optimizer='lars', which scales what decays and nothing else, got "
+                f"{self.weight_decay}."
+            )
         if not 0 < self.decay < 1:
             raise ValueError(f"decay must be in (0, 1), got {self.decay}.")
         rising = all(a < b for a, b in zip((0.0, *self.milestones), self.milestones, strict=False))

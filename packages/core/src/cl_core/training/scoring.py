@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cl_core import _rows
 from cl_core.losses import FeatureTransform
-from cl_core.losses._base import PredictionLoss, QueueLoss, TwoViewLoss
+from cl_core.losses._base import ContrastiveLoss, PredictionLoss, QueueLoss, TwoViewLoss
 from cl_core.method import Method
 from cl_core.scores import CURVES, ScoreRecorder, _temperature_of
 from cl_core.training.callbacks import first_pair, queue_among
@@ -29,11 +29,13 @@ class ScoreMonitor(pl.Callback):
     Scores are cosines (products, if the loss does not ``normalize``) of the rows that the method hands to its
     ``criterion``: a loss of two views, of queries and keys with a queue or without, or of predictions. Without a queue,
     the negatives of a query are the keys, or targets, of the other rows, also for losses that have no negatives. Of a
-    :class:`~cl_core.losses.FeatureTransform` they are those of the transformed rows, as it compares them. Losses of
-    labelled rows, of class pairs, of one view and of scores over prototypes have no such pairs and are refused.
+    :class:`~cl_core.losses.FeatureTransform` they are those of the transformed rows, as it compares them. Other losses
+    say themselves what they score (:meth:`~cl_core.losses.ContrastiveLoss.scored`): labelled rows with rows of the same
+    label and of others, class pairs by their gated similarity, rows or predictions with the prototype they belong to
+    and with the others. A loss that compares nothing with a positive, as of one view, is refused.
 
     Of several views the first two count; of several calls in a step (both directions, accumulated batches) the first;
-    of several processes the rows of the first.
+    of several clusterings the first; of several processes the rows of the first.
 
     Nothing waits for the device but the end of every block of ``every`` steps. The file is written at the end of an
     epoch and before a checkpoint; a run that was killed and resumed ends with the same file as one that was not.
@@ -41,7 +43,8 @@ class ScoreMonitor(pl.Callback):
     Args:
         folder: where ``scores.safetensors`` is written; :func:`read_scores` reads it.
         every: steps that share a histogram.
-        rows: queries whose negatives are looked at in each step, evenly spaced; None for all.
+        rows: queries whose negatives are looked at in each step, evenly spaced; None for all. Of a loss that says
+            itself what it scores, also the positives are those of these queries.
     """
 
     def __init__(self, folder: Path, *, every: int = 100, rows: int | None = 32) -> None:
@@ -98,6 +101,11 @@ class ScoreMonitor(pl.Callback):
     def _record(self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], loss: Any) -> None:
         # After the loss, which refuses what cannot be compared in words of its own.
         self._stop()
+        if not isinstance(module, _OF_PAIRS):
+            if len(next(iter((*inputs, *options.values())))):
+                found = module.scored(*inputs, rows=self._recorder.rows, **options)  # type: ignore[operator]
+                self._recorder.update_scores(*found[:3], temperature=found.temperature)
+            return
         pair = first_pair(inputs)
         if pair is None or not len(pair[0]):  # a rank may hold no row
             return
@@ -138,10 +146,12 @@ class ScoreMonitor(pl.Callback):
 def check_scored(method: Method) -> None:
     """Refuse a method whose criterion's scores :class:`ScoreMonitor` does not know how to record."""
     criterion = getattr(method, "criterion", None)
-    if not isinstance(criterion, _OF_PAIRS):
+    scores = isinstance(criterion, ContrastiveLoss) and type(criterion).scored is not ContrastiveLoss.scored
+    if not scores and not isinstance(criterion, _OF_PAIRS):
         raise ValueError(
-            "monitor.scores needs a method whose criterion compares views, queries and keys, or predictions and "
-            f"targets, got {type(criterion).__name__} in {type(method).__name__}."
+            "monitor.scores needs a method whose criterion compares something with positives (views, queries and keys, "
+            "predictions and targets, labelled rows, prototypes), got "
+            f"{type(criterion).__name__} in {type(method).__name__}."
         )
     if isinstance(criterion, FeatureTransform) and criterion.recorder is not None:
         raise ValueError("criterion.recorder must be None with monitor.scores, got a recorder of your own.")

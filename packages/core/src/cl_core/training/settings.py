@@ -114,8 +114,8 @@ class Monitoring:
         knn_rows: at most so many rows of each split take part.
         diagnostics_every_epochs: epochs between measurements of the embeddings' health; None for never.
         moving_average: decay of a moving average of the weights that becomes the result; None for none.
-        scores: record the scores of positives and negatives of every step in ``scores.safetensors``, for losses of
-            pairs of rows; see :class:`~cl_core.training.scoring.ScoreMonitor`.
+        scores: record the scores of positives and negatives of every step in ``scores.safetensors``; see
+            :class:`~cl_core.training.scoring.ScoreMonitor`.
         scores_every: steps that share a histogram of scores.
         scores_rows: queries whose negatives are looked at in each step; None for all, which costs as much as the loss.
     """

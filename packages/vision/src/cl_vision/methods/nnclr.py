@@ -31,7 +31,7 @@ class NNCLR(Method):
     Args:
         encoder: what is trained and kept.
         loss: called with the neighbours (N, D), constants, and the predictions (N, D). ``InfoNCELoss`` is NNCLR's own;
-            ``DCLLoss(negatives="cross")`` its decoupled form, seen from both sides.
+            ``DCLLoss(negatives="keys")`` its decoupled form.
         projector: head between encoder and loss; None for three layers of 2048 to 256 columns.
         predictor: from projections to predictions; None for two layers of 4096.
         support_size: rows of the support set. They start at random, as in the known implementations.

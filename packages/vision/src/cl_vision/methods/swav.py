@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_core import _checks
+from cl_core.distributed import shard
 from cl_core.losses import ScoresLoss
 from cl_core.memory import FeatureQueue
 from cl_core.method import Method, Progress
@@ -86,7 +87,7 @@ class SwAV(Method):
         """Loss of two or more crops, largest first, a scalar; takes their embeddings into the queue."""
         check_views(self, batch)
         check_crops(self, self.assignment_crops, batch)
-        self._warn_of_too_many_prototypes(len(batch.views[0]))
+        self._warn_of_too_many_prototypes(batch.views[0])
         embeddings = project_crops(self.encoder, self.projector, batch.views)
         scores = [self.scores(rows) for rows in embeddings]
         options = {"queue": self._queue_scores()}
@@ -137,14 +138,14 @@ class SwAV(Method):
             return None
         return [self.scores(queue.embeddings) for queue in self.queues]
 
-    def _warn_of_too_many_prototypes(self, rows: int) -> None:
+    def _warn_of_too_many_prototypes(self, images: Tensor) -> None:
         if self._warned or not self.training:
             return
         self._warned = True
-        group = getattr(self.criterion, "group", None)
-        if rows + self.queue_size < self.num_prototypes and group is None:
+        split = shard(images, getattr(self.criterion, "group", None), at_least=0)
+        if split.total + self.queue_size < self.num_prototypes and split.rank == 0:
             warnings.warn(
-                f"SwAV has {self.num_prototypes} prototypes, but a batch of {rows} images and a queue of "
+                f"SwAV has {self.num_prototypes} prototypes, but a batch of {split.total} images and a queue of "
                 f"{self.queue_size} rows to spread over them, so most stay empty: use fewer prototypes, a larger batch "
                 "or a longer queue.",
                 stacklevel=2,
