@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ METRICS = ("knn", "linear", "knn_validation", "linear_validation")
 CLASSIFIER = ("classifier", "classifier_validation")
 """Accuracies of a method's own classifier, where it defines :meth:`~cl_core.method.Method.classify`."""
 SHOWN = {"knn": "kNN", "linear": "linear probe", "classifier": "classifier"}
-"""What the accuracies on the judged split are called in tables, in their order."""
+"""What the accuracies on the judged split are called in tables, in their order; :func:`shown` knows those on few labels
+too."""
 FEW = "few_"
 """How the names of the accuracies on few labels begin; the share follows."""
 Embedding = tuple[Tensor, Tensor]
@@ -197,6 +199,14 @@ def accuracies(
 def few_name(share: float) -> str:
     """Name of the accuracy that a share of the labels gives."""
     return f"{FEW}{share:g}"
+
+
+def shown(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Accuracies on the judged split that any of some results has: what tables call each, in their order."""
+    names = {name for each in results for name in each}
+    shares = {name: float(found[1]) for name in names if (found := re.fullmatch(FEW + r"(\d+(?:\.\d+)?(?:e-\d+)?)", name))}
+    few = {name: f"probe on {100 * shares[name]:g}% of labels" for name in sorted(shares, key=shares.__getitem__)}
+    return {name: title for name, title in (SHOWN | few).items() if name in names}
 
 
 def few_of_each_class(labels: Tensor, share: float) -> Tensor:
