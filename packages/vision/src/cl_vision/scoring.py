@@ -180,11 +180,11 @@ def _page(title: str, recorded: Sequence[RecordedRun], pictures: Mapping[str, Pa
         cells = [each.label, str(each.run.path), f"{len(steps):,}"]
         cells += ["" if value is None else f"{100 * value:.1f} %" for value in accuracies]
         lines.append(_row([*cells, *("" if np.isnan(value) else f"{value:.3g}" for value in ending)], "td"))
-    shown = []
+    drawn = []
     for caption, path in pictures.items():
         content = base64.b64encode(path.read_bytes()).decode()
         said = html.escape(caption)
-        shown.append(
+        drawn.append(
             f'<figure><img src="data:image/png;base64,{content}" alt="{said}">'
             f"<figcaption>{said}</figcaption></figure>"
         )
@@ -194,7 +194,7 @@ def _page(title: str, recorded: Sequence[RecordedRun], pictures: Mapping[str, Pa
             f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>',
             f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>",
             *("<div><table>", *lines, f"</table></div>\n<p>{note}</p>"),
-            *shown,
+            *drawn,
             "</body>\n</html>\n",
         ]
     )

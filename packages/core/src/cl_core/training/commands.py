@@ -297,6 +297,9 @@ def _other(run: RunFolder, result: Path | None, built: Any) -> str:
         changes({name: began[name] for name in now}, now, run=run.path)
     except ValueError as error:
         return str(error).partition(": resume it")[0]
+    places = [each["data"].get("init_args", {}).get("root") for each in (began, now)]
+    if places[0] != places[1]:  # a resume takes them for the same data, moved; here they may be others
+        return f"data.root was {places[0]} when {run.path} began and is {places[1]} now"
     return ""
 
 
