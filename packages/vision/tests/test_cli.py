@@ -162,8 +162,12 @@ def test_too_few_test_images_for_a_map_still_give_the_table(photographs, tmp_pat
     assert {path.name for path in (tmp_path / "run/figures").iterdir()} == {"curves.png", "similarities.png"}
 
 
-@pytest.mark.parametrize(("size", "warned"), [(8, []), (16, ["views are of 16 pixels, but images are evaluated at 8:"])])
-def test_views_of_another_size_than_at_evaluation_are_warned_of_once(photographs, tmp_path, caplog, size, warned):
+@pytest.mark.parametrize(
+    ("size", "warned"), [(8, []), (16, ["views are of 16 pixels, but images are evaluated at 8:"])]
+)
+def test_views_of_another_size_than_at_evaluation_are_warned_of_once(
+    photographs, tmp_path, caplog, size, warned
+):
     """A configuration's views stay when its data are replaced."""
     options = ["--data.transform=SimCLRTransform", f"--data.transform.size={size}"]
     assert fit_folder(photographs("cat", "dog", images=3), tmp_path / "run", *options) == 0

@@ -949,7 +949,9 @@ def test_compare_shows_probes_on_few_labels_in_the_order_of_their_shares(command
     status, out, err = command("compare", "runs")
     assert (status, err) == (0, "")
     head, _, one, two, *_ = out.splitlines()
-    assert head.endswith("| probe on 1% of labels | against the first | probe on 10% of labels | against the first |")
+    assert head.endswith(
+        "| probe on 1% of labels | against the first | probe on 10% of labels | against the first |"
+    )
     assert one.endswith("| 12.5 |  | 25.0 |  |")
     assert two.endswith("| none |  | 50.0 | +25.0 |")
 

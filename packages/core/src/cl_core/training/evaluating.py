@@ -204,8 +204,9 @@ def few_name(share: float) -> str:
 def shown(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Accuracies on the judged split that any of some results has: what tables call each, in their order."""
     names = {name for each in results for name in each}
-    shares = {name: float(found[1]) for name in names if (found := re.fullmatch(FEW + r"(\d+(?:\.\d+)?(?:e-\d+)?)", name))}
-    few = {name: f"probe on {100 * shares[name]:g}% of labels" for name in sorted(shares, key=shares.__getitem__)}
+    found = (re.fullmatch(FEW + r"(\d+(?:\.\d+)?(?:e-\d+)?)", name) for name in names)
+    shares = sorted((float(match[1]), match[0]) for match in found if match)
+    few = {name: f"probe on {100 * share:g}% of labels" for share, name in shares}
     return {name: title for name, title in (SHOWN | few).items() if name in names}
 
 

@@ -160,7 +160,9 @@ class ViewDataset(Dataset[Views]):
         """Views of several images: what torch's loaders ask for in place of one after the other."""
         if not self._together:
             return [self[index] for index in indices]
-        batches = [self._batch(images, self.rows[torch.tensor(part)], part) for images, part in self._read(indices)]
+        batches = [
+            self._batch(images, self.rows[torch.tensor(part)], part) for images, part in self._read(indices)
+        ]
         return batches[0] if len(batches) == 1 else [sample for batch in batches for sample in batch]
 
     def _read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, Sequence[int]]]:
