@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,31 @@ def test_too_few_test_images_for_a_map_still_give_the_table(photographs, tmp_pat
     assert captured.err == ""
     assert "trained encoder" in captured.out
     assert {path.name for path in (tmp_path / "run/figures").iterdir()} == {"curves.png", "similarities.png"}
+
+
+@pytest.mark.parametrize(
+    ("size", "warned"), [(8, []), (16, ["views are of 16 pixels, but images are evaluated at 8:"])]
+)
+def test_views_of_another_size_than_at_evaluation_are_warned_of_once(
+    photographs, tmp_path, caplog, size, warned
+):
+    """A configuration's views stay when its data are replaced."""
+    options = ["--data.transform=SimCLRTransform", f"--data.transform.size={size}"]
+    assert fit_folder(photographs("cat", "dog", images=3), tmp_path / "run", *options) == 0
+    assert [message[: len(text)] for message, text in zip(caplog.messages, warned, strict=True)] == warned
+
+
+def test_what_another_folder_gives_is_not_written_to_a_run(photographs, tmp_path, capsys):
+    own = photographs("cat", "dog", images=5)
+    assert fit_folder(own, tmp_path / "run") == 0
+    before = (tmp_path / "run/metrics.json").read_bytes()
+    shutil.copytree(own, tmp_path / "others")
+    capsys.readouterr()
+    assert main(["test", "--ckpt", str(tmp_path / "run"), f"--data.root={tmp_path / 'others'}"]) == 0
+    assert f"not written to a run: data.root was {own} when" in capsys.readouterr().out
+    assert (tmp_path / "run/metrics.json").read_bytes() == before
+    assert main(["test", "--ckpt", str(tmp_path / "run")]) == 0
+    assert "written: " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_figure_that_fails_costs_neither_the_result_nor_the_others(

@@ -146,6 +146,27 @@ def test_files_of_several_sizes(tmp_path, write_image, workers):
         assert same_views(batch, collate_views([train[row] for row in rows]))
 
 
+@pytest.mark.parametrize(
+    ("most", "together"), [(10**9, [4, 1, 3]), (2 * 3 * 10 * 14, [2, 2, 1, 2, 1]), (1, [1] * 8)]
+)
+def test_files_of_one_size_have_their_views_made_together(tmp_path, write_image, monkeypatch, most, together):
+    for number in range(8):
+        write_image(tmp_path / f"{number}.png", (20 * number, 100, 0), size=(14, 11 if number == 4 else 10))
+    data = ImageFolder(root=tmp_path, image_size=8, num_views=1, test=0.0, validation=0.0)
+    train, made = data.train_dataset(), []
+    alone = collate_views([train[row] for row in range(8)])
+    batch = SimCLRTransform.batch
+    monkeypatch.setattr(
+        SimCLRTransform,
+        "batch",
+        lambda self, images, *rest: made.append(len(images)) or batch(self, images, *rest),
+    )
+    monkeypatch.setattr("cl_vision.data.views._HELD", most)
+    assert same_views(data.collate(train.__getitems__(list(range(8)))), alone)
+    assert made == together
+    assert train.__getitems__([]) == []
+
+
 class Held(Data):
     """Images at hand, for the trainer's loader."""
 

@@ -195,5 +195,9 @@ def test_comparison(tmp_path, monkeypatch):
         (legend,) = drawn[-1].legends
         assert drawn[-1].bbox.x0 <= label.x0 and label.x1 <= drawn[-1].bbox.x1  # nothing is cut off
         assert legend.get_window_extent().y1 < label.y0
+    five = {f"probe {place}": ([0.5], None) for place in range(5)}
+    figures.plot_comparison(tmp_path / "five.png", accuracies={"A": five, "B": five})
+    heights = sorted(line.get_ydata()[0] for line in drawn[-1].axes[0].lines)
+    assert max(heights[:5]) < 0.5 < min(heights[5:])  # those of one setting lie beside it
     with pytest.raises(ValueError, match="accuracies must hold at least one setting"):
         figures.plot_comparison(tmp_path / "none.png", accuracies={})

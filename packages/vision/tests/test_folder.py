@@ -304,6 +304,7 @@ def test_corrupt_images_are_really_left_out(labelled, caplog):
     assert len(files) == 18
     assert not set(broken) & set(files.paths)
     assert all(str(path) in caplog.text for path in broken)
+    assert caplog.messages[-1] == "2 of 20 images left out: they cannot be read."
     assert files.labels.tolist() == [0] * 9 + [1] * 9
     assert sum(len(data.evaluation_dataset(split)) for split in ("train", "validation", "test")) == 18
     again = ImageFolder(root=labelled, image_size=8, on_error="skip")

@@ -143,12 +143,16 @@ def test_fit_test_validate_and_embed(command):
 
 
 def test_a_probe_on_few_labels(command):
-    command("fit", "--config", "tiny/quick", "--run_dir", "run", "--evaluation.few_labels", "[0.1, 0.5]")
+    few = ("--evaluation.few_labels",)
+    _, table, _ = command("fit", "--config", "tiny/quick", "--run_dir", "run", *few, "[0.1, 0.5]")
     trained = json.loads(Path("run/metrics.json").read_text())["trained"]
-    assert {"few_0.1", "few_0.5"} <= set(trained)
+    half, tenth = (f"{100 * trained[name]:.2f}%" for name in ("few_0.5", "few_0.1"))
+    titles, numbers = (line for line in table.splitlines()[:2])
+    assert titles.endswith("     probe on 10% of labels     probe on 50% of labels")
+    assert numbers.split()[-2:] == [tenth, half]
     status, out, _ = command("test", "--ckpt", "run")
     assert status == 0
-    assert f"  linear probe on 10% of the labels: {100 * trained['few_0.1']:.2f}%" in out
+    assert f", probe on 10% of labels {tenth}, probe on 50% of labels {half}\n" in out
     status, _, err = command("test", "--ckpt", "run", "--evaluation.few_labels", "[1.5]")
     assert (status, "few_labels must be shares in (0, 1), got 1.5." in err) == (2, True)
 
@@ -932,6 +936,25 @@ def test_compare_has_intervals_over_seeds_and_paired_differences(command, domain
         ("width 8", [0, 1, 2]),
     ]
     assert Path("comparison/comparison.md").read_text() in out
+
+
+def test_compare_shows_probes_on_few_labels_in_the_order_of_their_shares(command):
+    for name, width, few in (
+        ("one", 2, {"few_0.1": 0.25, "few_0.01": 0.125}),
+        ("two", 4, {"few_0.1": 0.5, "few_none": 0.5}),
+    ):
+        metrics = run_of(Path(f"runs/{name}"), width=width) / "metrics.json"
+        content = json.loads(metrics.read_text())
+        content["trained"] |= few
+        metrics.write_text(json.dumps(content))
+    status, out, err = command("compare", "runs")
+    assert (status, err) == (0, "")
+    head, _, one, two, *_ = out.splitlines()
+    assert head.endswith(
+        "| probe on 1% of labels | against the first | probe on 10% of labels | against the first |"
+    )
+    assert one.endswith("| 12.5 |  | 25.0 |  |")
+    assert two.endswith("| none |  | 50.0 | +25.0 |")
 
 
 def test_compare_tells_settings_of_one_class_apart_beside_another_class(command):

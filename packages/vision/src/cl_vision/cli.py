@@ -73,11 +73,12 @@ def draw(drawing: Drawing) -> None:
 def draw_comparison(compared: Sequence[Compared], folder: Path) -> Path:
     """The figure of ``compare``: test accuracies with their intervals, and neighbours over training."""
     from cl_core.training.comparing import interval
-    from cl_core.training.evaluating import SHOWN
+    from cl_core.training.evaluating import shown
     from cl_vision import figures
 
+    titles = shown(each.accuracies for each in compared)
     accuracies = {
-        each.label: {SHOWN[key]: (values, interval(values)) for key, values in each.accuracies.items()}
+        each.label: {titles[key]: (values, interval(values)) for key, values in each.accuracies.items()}
         for each in compared
     }
     curves = {each.label: each.curves for each in compared}

@@ -279,12 +279,13 @@ def plot_comparison(
     figure = _figure(width=5.6 * panels, height=1.6 + 0.75 * max(3, len(accuracies)))
     axes = figure.subplots(1, panels, squeeze=False)[0]
     metrics = list(dict.fromkeys(metric for of_metric in accuracies.values() for metric in of_metric))
+    apart = min(0.3, 0.9 / max(1, len(metrics)))  # several metrics of one setting keep clear of the next
     for row, of_metric in enumerate(accuracies.values()):
         for place, metric in enumerate(metrics):
             if metric not in of_metric:
                 continue
             values, bounds = of_metric[metric]
-            at = row + 0.3 * (place - (len(metrics) - 1) / 2)
+            at = row + apart * (place - (len(metrics) - 1) / 2)
             colour, marker = COLOURS[row % len(COLOURS)], _MARKERS[place % len(_MARKERS)]
             points = [100 * value for value in values]
             axes[0].scatter(points, [at] * len(points), s=14, color=colour, alpha=0.45, linewidths=0)

@@ -13,7 +13,7 @@ import numpy as np
 from jsonargparse import ArgumentParser
 
 from cl_core.training.comparing import labels_of, runs_in
-from cl_core.training.evaluating import SHOWN
+from cl_core.training.evaluating import SHOWN, shown
 from cl_core.training.files import make_folder, sentence, write_atomically
 from cl_core.training.run import RunFolder
 from cl_core.training.scoring import read_scores
@@ -96,7 +96,7 @@ def recorded_runs(runs: Sequence[RunFolder]) -> list[RecordedRun]:
         if not len(scores["block_end"]):
             raise ValueError(f"{run.scores} holds no histogram yet.")
         trained = run.read_metrics().get("trained") if run.finished else None
-        accuracies = {name: trained[name] for name in SHOWN if name in trained} if trained else {}
+        accuracies = {name: trained[name] for name in shown([trained])} if trained else {}
         found.append(RecordedRun(label, run, scores, accuracies))
     return found
 
@@ -170,7 +170,7 @@ def _page(title: str, recorded: Sequence[RecordedRun], pictures: Mapping[str, Pa
         recorded: the rows of the table.
         pictures: caption to PNG.
     """
-    metrics = {key: name for key, name in SHOWN.items() if any(key in each.accuracies for each in recorded)}
+    metrics = shown(each.accuracies for each in recorded)
     head = ["run", "folder", "steps", *metrics.values(), *STATISTICS.values()]
     lines = [_row(head, "th")]
     for each in recorded:
@@ -180,11 +180,11 @@ def _page(title: str, recorded: Sequence[RecordedRun], pictures: Mapping[str, Pa
         cells = [each.label, str(each.run.path), f"{len(steps):,}"]
         cells += ["" if value is None else f"{100 * value:.1f} %" for value in accuracies]
         lines.append(_row([*cells, *("" if np.isnan(value) else f"{value:.3g}" for value in ending)], "td"))
-    shown = []
+    drawn = []
     for caption, path in pictures.items():
         content = base64.b64encode(path.read_bytes()).decode()
         said = html.escape(caption)
-        shown.append(
+        drawn.append(
             f'<figure><img src="data:image/png;base64,{content}" alt="{said}">'
             f"<figcaption>{said}</figcaption></figure>"
         )
@@ -194,7 +194,7 @@ def _page(title: str, recorded: Sequence[RecordedRun], pictures: Mapping[str, Pa
             f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>',
             f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>",
             *("<div><table>", *lines, f"</table></div>\n<p>{note}</p>"),
-            *shown,
+            *drawn,
             "</body>\n</html>\n",
         ]
     )

@@ -19,7 +19,7 @@ from cl_core.training.checkpoints import Checkpointing, Terminated
 from cl_core.training.cli import Domain
 from cl_core.training.data import SPLITS, Data, Split
 from cl_core.training.embedding import embed_to_file
-from cl_core.training.evaluating import CLASSIFIER, SHOWN, Evaluation, evaluate, few_name, has_labels
+from cl_core.training.evaluating import CLASSIFIER, Evaluation, evaluate, has_labels, shown
 from cl_core.training.files import sentence
 from cl_core.training.fitting import FitResult, fit, weights_of
 from cl_core.training.optimization import Optimization
@@ -189,7 +189,7 @@ def table(domain: Domain, metrics: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return "no labelled rows in all of train, validation and test, so nothing to evaluate; embed writes embeddings."
-    columns = {key: title for key, title in SHOWN.items() if any(key in row for _, row in rows)}
+    columns = shown(row for _, row in rows)
     lines = [f"{'test accuracy':<20}" + "".join(f"{title:>{len(title) + 5}}" for title in columns.values())]
     for name, row in rows:
         cells = (f"{100 * row[key]:.2f}%" if key in row else "none" for key in columns)
@@ -210,13 +210,11 @@ def _judge(domain: Domain, args: list[str], split: Split) -> None:
     strange = _other_classes(trained) if CLASSIFIER[0] in found else ""
     if strange:
         found = {name: value for name, value in found.items() if name not in CLASSIFIER}
-    shown = (f"{title} {100 * found[key]:.2f}%" for key, title in SHOWN.items() if key in found)
+    cells = (f"{title} {100 * found[key]:.2f}%" for key, title in shown([found]).items())
     on = f" on {type(data).__name__}" if trained.other.startswith("data.") else ""
-    print(f"{split} accuracy{on}: {', '.join(shown)}")
+    print(f"{split} accuracy{on}: {', '.join(cells)}")
     if strange:
         print(f"  its own classifier is left out: {strange}")
-    for share in settings.few_labels:
-        print(f"  linear probe on {100 * share:g}% of the labels: {100 * found[few_name(share)]:.2f}%")
     if trained.run is None or trained.other:
         print(f"not written to a run: {trained.other or 'it belongs to none'}")
         return
@@ -299,6 +297,9 @@ def _other(run: RunFolder, result: Path | None, built: Any) -> str:
         changes({name: began[name] for name in now}, now, run=run.path)
     except ValueError as error:
         return str(error).partition(": resume it")[0]
+    places = [each["data"].get("init_args", {}).get("root") for each in (began, now)]
+    if places[0] != places[1]:  # a resume takes them for the same data, moved; here they may be others
+        return f"data.root was {places[0]} when {run.path} began and is {places[1]} now"
     return ""
 
 

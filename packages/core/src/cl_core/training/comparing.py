@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from cl_core.training.cli import Domain
-from cl_core.training.evaluating import METRICS, SHOWN
+from cl_core.training.evaluating import METRICS, SHOWN, shown
 from cl_core.training.files import make_folder, sentence, to_json, write_atomically
 from cl_core.training.recording import MetricsTable
 from cl_core.training.run import RunFolder
@@ -107,7 +107,7 @@ def compare(places: Sequence[str | Path]) -> list[Compared]:
 def markdown(compared: Sequence[Compared]) -> str:
     """A table: mean and interval of each setting, and its paired difference from the first."""
     head = ["setting", "seeds"]
-    metrics = {key: name for key, name in SHOWN.items() if any(key in each.accuracies for each in compared)}
+    metrics = shown(each.accuracies for each in compared)
     for name in metrics.values():
         head += [name, "against the first"] if len(compared) > 1 else [name]
     lines = [_line(head), _line(["---"] * len(head))]
@@ -189,7 +189,7 @@ def _compared(label: str, members: list[tuple[int, RunFolder, dict[str, Any]]]) 
         tuple(run for _, run, _ in members),
         {
             metric: tuple(metrics["trained"][metric] for *_, metrics in members)
-            for metric in SHOWN
+            for metric in shown(metrics["trained"] for *_, metrics in members)
             if all(metric in metrics["trained"] for *_, metrics in members)
         },
         tuple(curves),

@@ -75,6 +75,7 @@ def embed_to_file(
         OSError: in one sentence, if a file cannot be written; also if something else than an earlier embedding lies
             where the parts or the table belong.
         ValueError: if ``output`` has the name of the table.
+        KeyboardInterrupt: after Ctrl-C; says that the parts are kept.
     """
     _checks.count("batch_size", batch_size)
     _checks.count("rows_per_part", rows_per_part)
@@ -95,22 +96,26 @@ def embed_to_file(
     _begin(parts, whole)
     bar = tqdm(total=total, unit="row", desc=f"embedding {split}", disable=not progress)
     done: list[dict[str, Tensor]] = []
-    with bar, in_evaluation(method, device):
-        for number, start in enumerate(range(0, total, rows_per_part)):
-            stop, file = min(start + rows_per_part, total), parts / f"{number:06d}.safetensors"
-            part = _read(file, stop - start)
-            if part is None:
-                rows, labels = embed_dataset(
-                    method.embed,
-                    Subset(dataset, range(start, stop)),
-                    data,
-                    device=device,
-                    batch_size=batch_size,
-                )
-                part = {"embeddings": rows.contiguous(), "labels": labels.contiguous()}
-                write_atomically(file, partial(save_file, part))
-            done.append(part)
-            bar.update(stop - start)
+    try:
+        with bar, in_evaluation(method, device):
+            for number, start in enumerate(range(0, total, rows_per_part)):
+                stop, file = min(start + rows_per_part, total), parts / f"{number:06d}.safetensors"
+                part = _read(file, stop - start)
+                if part is None:
+                    rows, labels = embed_dataset(
+                        method.embed,
+                        Subset(dataset, range(start, stop)),
+                        data,
+                        device=device,
+                        batch_size=batch_size,
+                    )
+                    part = {"embeddings": rows.contiguous(), "labels": labels.contiguous()}
+                    write_atomically(file, partial(save_file, part))
+                done.append(part)
+                bar.update(stop - start)
+    except KeyboardInterrupt as error:
+        kept = sum(len(part["labels"]) for part in done)
+        raise type(error)(f"{kept} of {total} rows are kept in {parts}; the same command goes on") from None
     tensors = {
         name: torch.cat([part[name] for part in done]) if done else torch.empty(0)
         for name in ("embeddings", "labels")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,8 @@ SHOWN = {
     "ari": "ARI",
     "classifier": "classifier",
 }
-"""What the accuracies on the judged split are called in tables, in their order."""
+"""What the accuracies on the judged split are called in tables, in their order; :func:`shown` knows those on few labels
+too."""
 FEW = "few_"
 """How the names of the accuracies on few labels begin; the share follows."""
 Embedding = tuple[Tensor, Tensor]
@@ -226,6 +228,15 @@ def accuracies(
 def few_name(share: float) -> str:
     """Name of the accuracy that a share of the labels gives."""
     return f"{FEW}{share:g}"
+
+
+def shown(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Accuracies on the judged split that any of some results has: what tables call each, in their order."""
+    names = {name for each in results for name in each}
+    found = (re.fullmatch(FEW + r"(\d+(?:\.\d+)?(?:e-\d+)?)", name) for name in names)
+    shares = sorted((float(match[1]), match[0]) for match in found if match)
+    few = {name: f"probe on {100 * share:g}% of labels" for share, name in shares}
+    return {name: title for name, title in (SHOWN | few).items() if name in names}
 
 
 def few_of_each_class(labels: Tensor, share: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from cl_core.training.data import SPLITS, Data, Split
 from cl_vision.data.subsets import Subset
 from cl_vision.data.views import Images, PlainDataset, ViewDataset, Views, collate_views
 from cl_vision.transforms import EvaluationTransform, SimCLRTransform, ViewTransform
+
+_LOG = logging.getLogger(__name__)
 
 
 def data_root(root: str | Path | None) -> Path:
@@ -146,6 +149,14 @@ class ImageData(Data):
             raise ValueError(
                 f"{type(self).__name__} has {len(rows)} training image{'s' * (len(rows) != 1)}, but images are "
                 "learnt from by comparing them, which takes at least 2."
+            )
+        size = getattr(self.transform.of_view(0), "size", self.image_size)
+        if size != self.image_size:
+            _LOG.warning(
+                "views are of %s pixels, but images are evaluated at %s: choose image_size and the transform's size "
+                "alike, unless this is meant.",
+                size,
+                self.image_size,
             )
         return ViewDataset(
             images,

@@ -238,7 +238,7 @@ class ImageFiles:
             ) from error
 
     def readable(self) -> ImageFiles:
-        """The same without the files that cannot be read; each of these is logged."""
+        """The same without the files that cannot be read; each of these is logged, and how many they are."""
         kept = []
         for row, path in enumerate(self.paths):
             try:
@@ -251,6 +251,8 @@ class ImageFiles:
             raise ValueError(
                 f"none of the {len(self.paths)} images can be read, the first is {self.paths[0]}."
             )
+        if left := len(self.paths) - len(kept):
+            _LOG.warning("%d of %d images left out: they cannot be read.", left, len(self.paths))
         return ImageFiles([self.paths[row] for row in kept], self.labels[kept], channels=self.channels)
 
     def __len__(self) -> int:

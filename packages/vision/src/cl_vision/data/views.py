@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol, overload
 
@@ -14,6 +14,7 @@ from cl_core import _checks
 from cl_vision.transforms import BatchTransform, Finish, ViewTransform, view_seed
 
 _ONE_CALL = 2**22  # numbers of all views of a batch
+_HELD = 2**24  # numbers of images read from files that wait for their views to be made together
 
 
 class Views(NamedTuple):
@@ -93,8 +94,8 @@ class ImageArray:
 class ViewDataset(Dataset[Views]):
     """Random views of images, a pure function of (seed, epoch, row, view).
 
-    A loader gets all samples of a batch in one call, and images that are held in memory have their views made
-    together.
+    A loader gets all samples of a batch in one call, and images of one size that follow each other have their views
+    made together.
 
     Args:
         images: the images.
@@ -157,10 +158,28 @@ class ViewDataset(Dataset[Views]):
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[Views]:
         """Views of several images: what torch's loaders ask for in place of one after the other."""
-        if isinstance(self.images, ImageArray) and self._together and indices:
-            rows = self.rows[torch.tensor(indices)]
-            return self._batch(self.images.images[rows], rows, indices)
-        return [self[index] for index in indices]
+        if not self._together:
+            return [self[index] for index in indices]
+        batches = [
+            self._batch(images, self.rows[torch.tensor(part)], part) for images, part in self._read(indices)
+        ]
+        return batches[0] if len(batches) == 1 else [sample for batch in batches for sample in batch]
+
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, Sequence[int]]]:
+        """Images that can be stacked, a part of the indices after the other, without holding too many."""
+        if isinstance(self.images, ImageArray):
+            if indices:
+                yield self.images.images[self.rows[torch.tensor(indices)]], indices
+            return
+        held: list[Tensor] = []
+        for place, index in enumerate(indices):
+            image = self.images[int(self.rows[index])]
+            if held and (image.shape != held[0].shape or (len(held) + 1) * image.numel() > _HELD):
+                yield torch.stack(held), indices[place - len(held) : place]
+                held = []
+            held.append(image)
+        if held:
+            yield torch.stack(held), indices[len(indices) - len(held) :]
 
     def _batch(self, images: Tensor, rows: Tensor, indices: Sequence[int]) -> ViewBatch:
         seeds = iter(torch.tensor(self._seeds(indices)).split(len(indices)))
