@@ -101,7 +101,8 @@ class MLPProjector(Projector):
             raise RuntimeError("this projector has no in_dim yet: give one, or let a method build it.")
         if features.ndim != 2 or features.shape[1] != self.in_dim:
             raise ValueError(f"features must have shape (N, {self.in_dim}), got {tuple(features.shape)}.")
-        return self.network(features)
+        projections: Tensor = self.network(features)
+        return projections
 
 
 class MultiHeadProjector(Projector):
